@@ -1,0 +1,1 @@
+"""One file, one result: `python -m experiments.<name> [--smoke]`."""

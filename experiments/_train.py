@@ -1,0 +1,190 @@
+"""Compiled training on data that stays on the device.
+
+A step takes whole arrays and one batch of indices, so nothing but indices ever comes from Python:
+
+    step = make_step(loss, optax.adam(1e-3))
+    carry = start(params, tx, key)
+    carry, losses = run_epoch(step, carry, images, labels, epoch_order(key, len(labels), 128))
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+Tree = Any
+Loss = Callable[[Tree, Array, Array, Array, Tree], Array]
+Apply = Callable[[Tree, Array], Array]
+
+
+class Carry(NamedTuple):
+    """All that a step changes."""
+
+    params: Tree
+    opt_state: Tree
+    key: Array
+
+
+class Step(Protocol):
+    """One update on the examples that `index` names; returns the new carry and the loss."""
+
+    def __call__(
+        self, carry: Carry, images: Array, labels: Array, index: Array, extras: Tree
+    ) -> tuple[Carry, Array]:
+        """Update once."""
+        ...
+
+
+def normalize(images: Array) -> Array:
+    """Turn uint8 pixels into float32 from 0 to 1; floats pass unchanged."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def start(params: Tree, tx: optax.GradientTransformation, key: Array) -> Carry:
+    """Return the first carry; the parameters are copied, because a step gives its carry's memory away."""
+    params = jax.tree.map(jnp.copy, params)
+    return Carry(params, tx.init(params), jnp.copy(key))
+
+
+def whole(extras: Tree, index: Array) -> Tree:
+    """Hand the extras to the loss as they are (a teacher's parameters, say)."""
+    return extras
+
+
+def rows(extras: Tree, index: Array) -> Tree:
+    """Hand the loss the rows of the batch (a teacher's logits on all the examples, say)."""
+    return jax.tree.map(lambda leaf: leaf[index], extras)
+
+
+def unchanged(key: Array, images: Array) -> Array:
+    """Return the images: no augmentation."""
+    return images
+
+
+def make_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    augment: Callable[[Array, Array], Array] = unchanged,
+    select: Callable[[Tree, Array], Tree] = whole,
+) -> Step:
+    """Return the compiled step of a loss and an optimizer; it reuses the memory of the carry it is given.
+
+    Args:
+        loss: (params, images, labels, key, extras) -> scalar, with images already normalized.
+        tx: the optimizer, whose update gets the parameters too.
+        augment: (key, uint8 images of a batch) -> images.
+        select: (extras, index) -> what the loss gets of them: `whole` or `rows`.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(carry: Carry, images: Array, labels: Array, index: Array, extras: Tree):
+        key, augment_key, loss_key = jax.random.split(carry.key, 3)
+        batch = normalize(augment(augment_key, images[index]))
+        value, gradients = jax.value_and_grad(loss)(
+            carry.params, batch, labels[index], loss_key, select(extras, index)
+        )
+        updates, opt_state = tx.update(gradients, carry.opt_state, carry.params)
+        return Carry(optax.apply_updates(carry.params, updates), opt_state, key), value
+
+    return step
+
+
+def epoch_order(key: Array, count: int, batch: int) -> Array:
+    """Return a random order of the examples as (steps, batch) indices; the last incomplete batch is left out."""
+    steps = count // batch
+    return jax.random.permutation(key, count)[: steps * batch].reshape(steps, batch)
+
+
+@partial(jax.jit, static_argnames="step", donate_argnames="carry")
+def scan_steps(
+    step: Step, carry: Carry, images: Array, labels: Array, order: Array, extras: Tree
+) -> tuple[Carry, Array]:
+    """Run all the steps in one compiled call."""
+    return lax.scan(lambda carry, index: step(carry, images, labels, index, extras), carry, order)
+
+
+def dispatch_steps(
+    step: Step, carry: Carry, images: Array, labels: Array, order: Array, extras: Tree
+) -> tuple[Carry, Array]:
+    """Run the steps one call each, without waiting for any of them."""
+    losses = []
+    for index in order:
+        carry, value = step(carry, images, labels, index, extras)
+        losses.append(value)
+    return carry, jnp.stack(losses)
+
+
+def run_epoch(
+    step: Step,
+    carry: Carry,
+    images: Array,
+    labels: Array,
+    order: Array,
+    extras: Tree = None,
+    loop: Callable[..., tuple[Carry, Array]] = scan_steps,
+) -> tuple[Carry, Array]:
+    """Run a step over an epoch; returns the carry and the loss of each step, still on the device.
+
+    Args:
+        step: from `make_step`.
+        carry: from `start` or the epoch before; its memory is reused, so do not touch it again.
+        images: all the examples, uint8 (examples, height, width, channel).
+        labels: (examples,).
+        order: (steps, batch) indices, from `epoch_order`.
+        extras: any tree, passed to the loss through the step's `select`.
+        loop: `scan_steps`, or `dispatch_steps` for a model whose convolutions XLA would slow down in a loop.
+    """
+    return loop(step, carry, images, labels, order, extras)
+
+
+@partial(jax.jit, static_argnames=("apply", "batch"))
+def count_correct(apply: Apply, params: Tree, images: Array, labels: Array, batch: int) -> Array:
+    """Count the examples whose largest logit is the label's: an exact int32."""
+
+    def correct(images, labels):
+        return jnp.sum(jnp.argmax(apply(params, normalize(images)), -1) == labels, dtype=jnp.int32)
+
+    full = len(labels) // batch * batch
+    blocks = jax.tree.map(
+        lambda a: a[:full].reshape(-1, batch, *a.shape[1:]), (images, labels)
+    )
+    total = jnp.sum(lax.map(lambda block: correct(*block), blocks), dtype=jnp.int32)
+    return total + correct(images[full:], labels[full:]) if full < len(labels) else total
+
+
+def accuracy(apply: Apply, params: Tree, images: Array, labels: Array, batch: int = 500) -> float:
+    """Return the fraction of examples classified rightly; `apply` is (params, images) -> logits."""
+    batch = min(batch, len(labels))
+    return int(count_correct(apply, params, images, labels, batch)) / len(labels)
+
+
+def error_rate(apply: Apply, params: Tree, images: Array, labels: Array, batch: int = 500) -> float:
+    """Return the fraction of examples classified wrongly."""
+    batch = min(batch, len(labels))
+    return 1 - int(count_correct(apply, params, images, labels, batch)) / len(labels)
+
+
+def random_shift(key: Array, images: Array, max_shift: int) -> Array:
+    """Move each image by up to max_shift pixels along both axes, each on its own; zeros come in at the edge."""
+    shifts = jax.random.randint(key, (len(images), 2), -max_shift, max_shift + 1)
+    for axis in (1, 2):
+        images = _shift_axis(images, shifts[:, axis - 1], max_shift, axis)
+    return images
+
+
+def _shift_axis(images: Array, shifts: Array, max_shift: int, axis: int) -> Array:
+    """Select among the 2 max_shift + 1 shifted copies: no gather, which CPUs and compilers both dislike."""
+    size = images.shape[axis]
+    margin = [(0, 0)] * images.ndim
+    margin[axis] = (max_shift, max_shift)
+    padded = jnp.pad(images, margin)
+    result = images
+    for shift in range(-max_shift, max_shift + 1):
+        moved = lax.slice_in_dim(padded, max_shift - shift, max_shift - shift + size, axis=axis)
+        result = jnp.where((shifts == shift)[:, None, None, None], moved, result)
+    return result

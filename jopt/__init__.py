@@ -1,0 +1,30 @@
+"""Make trained JAX models smaller and faster while they keep their accuracy.
+
+Everything is a function from a pytree of parameters to a pytree of parameters:
+
+- `jopt.quant`: few-bit integers instead of floats.
+- `jopt.prune`: zeros instead of weights that do not matter, held there by optax transforms.
+- `jopt.distill`: losses with which a small network learns from a large one.
+- `jopt.codec`: one small file for all of it.
+- `jopt.materialize`: back to plain arrays, inside the jitted function.
+"""
+
+from jopt import codec, distill, prune, quant
+from jopt._arrays import QTensor, is_compressed, materialize, nbytes
+from jopt._trees import Filter, is_kernel, select
+
+__all__ = [
+    "Filter",
+    "QTensor",
+    "codec",
+    "distill",
+    "is_compressed",
+    "is_kernel",
+    "materialize",
+    "nbytes",
+    "prune",
+    "quant",
+    "select",
+]
+
+__version__ = "0.1.0"

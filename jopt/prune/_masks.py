@@ -1,0 +1,198 @@
+"""Masks: which weights stay. True keeps; each mask broadcasts against its parameter."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jopt._arrays import QTensor, is_compressed, materialize
+from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, select
+from jopt.prune._threshold import keep_largest, keep_largest_global
+
+Sparsity = float | jax.Array
+
+
+def _pruned_count(size: int, sparsity: Sparsity) -> Any:
+    """Return `round(size * sparsity)`, exact for a traced float32 as well.
+
+    A float32 product of 25 million and 0.9 is off by an element or two, so a traced sparsity is
+    taken as a whole number of 2^-24 and multiplied in integers, in parts of 12 bits.
+    """
+    if isinstance(sparsity, (int, float, np.floating, np.integer)):
+        if not 0.0 <= sparsity <= 1.0:
+            raise ValueError(f"sparsity must lie in [0, 1], not {sparsity!r}.")
+        return round(size * float(sparsity))
+    if jnp.shape(sparsity) != ():
+        raise ValueError(f"sparsity must be a scalar, not of shape {jnp.shape(sparsity)}.")
+    fraction = jnp.round(jnp.clip(sparsity.astype(jnp.float32), 0, 1) * 2**24).astype(jnp.uint32)
+    size_high, size_low = divmod(size, 4096)
+    high, low = fraction >> 12, fraction & 4095
+    middle = size_high * low + size_low * high + (size_low * low >> 12)
+    return (size_high * high + ((middle + 2048) >> 12)).astype(jnp.int32)
+
+
+def _scored(scores: Any, where: Filter) -> tuple[list[str], list[Any], list[bool], Any]:
+    paths, leaves, treedef = flatten_with_paths(scores)
+    chosen = jax.tree.leaves(select(scores, where))
+    for path, leaf, take in zip(paths, leaves, chosen, strict=True):
+        if take and not is_floating(leaf):
+            raise TypeError(f"{path}: scores must be floating-point arrays, not {leaf!r}.")
+    return paths, leaves, chosen, treedef
+
+
+def _masks_from(kept: list[jax.Array], chosen: list[bool], treedef: Any) -> Any:
+    remaining = iter(kept)
+    return jax.tree.unflatten(
+        treedef, [next(remaining) if take else jnp.array(True) for take in chosen]
+    )
+
+
+# Called eagerly, a search of many small steps would be dispatched one by one.
+_keep_largest = jax.jit(keep_largest)
+_keep_largest_global = jax.jit(keep_largest_global)
+
+
+def topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel) -> Any:
+    """Keep the highest scores of every chosen leaf: the same sparsity in each layer.
+
+    Exactly `round(size * sparsity)` elements of a leaf are pruned. Of equal scores the one with
+    the lower index (in C order) is kept.
+
+    Args:
+      scores: a tree of scores, higher keeps.
+      sparsity: fraction to prune, 0 to 1; a Python number or a traced scalar (then clipped).
+      where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
+        two or more axes.
+
+    Returns:
+      A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
+
+    Raises:
+      ValueError: `sparsity` is outside [0, 1], or the filter matches nothing.
+      TypeError: a chosen score is not a floating-point array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = {"kernel": jnp.array([[3.0, 1.0], [2.0, 2.0]]), "bias": jnp.ones(2)}
+      >>> topk_masks(scores, 0.5)["kernel"]
+      Array([[ True, False],
+             [ True, False]], dtype=bool)
+    """
+    _, leaves, chosen, treedef = _scored(scores, where)
+    taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
+    counts = [leaf.size - _pruned_count(leaf.size, sparsity) for leaf in taken]
+    kept = [
+        _keep_largest(leaf, jnp.asarray(count)) for leaf, count in zip(taken, counts, strict=True)
+    ]
+    return _masks_from(kept, chosen, treedef)
+
+
+def global_topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel) -> Any:
+    """Keep the highest scores over all chosen leaves together: layers compete.
+
+    Exactly `round(total * sparsity)` elements are pruned. Of equal scores the one in the earlier
+    leaf, then with the lower index, is kept. A layer may lose more than others, even everything.
+
+    Args:
+      scores: a tree of scores, higher keeps, comparable between leaves.
+      sparsity: fraction to prune, 0 to 1; a Python number or a traced scalar (then clipped).
+      where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
+        two or more axes.
+
+    Returns:
+      A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
+
+    Raises:
+      ValueError: `sparsity` is outside [0, 1], or the filter matches nothing.
+      TypeError: a chosen score is not a floating-point array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = {"a": jnp.array([[4.0, 3.0]]), "b": jnp.array([[1.0, 2.0]])}
+      >>> global_topk_masks(scores, 0.5)
+      {'a': Array([[ True,  True]], dtype=bool), 'b': Array([[False, False]], dtype=bool)}
+    """
+    _, leaves, chosen, treedef = _scored(scores, where)
+    taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
+    total = sum(leaf.size for leaf in taken)
+    keep = jnp.asarray(total - _pruned_count(total, sparsity))
+    return _masks_from(_keep_largest_global(taken, keep), chosen, treedef)
+
+
+def _masked(path: str, leaf: Any, mask: Any) -> Any:
+    if jnp.result_type(mask) != jnp.bool_:
+        raise TypeError(f"{path}: a mask must be boolean, not {jnp.result_type(mask)}.")
+    shape = jnp.shape(mask)
+    if shape != () and (
+        len(shape) != len(leaf.shape)
+        or any(n not in (1, size) for n, size in zip(shape, leaf.shape, strict=True))
+    ):
+        raise ValueError(f"{path}: mask of shape {shape} does not broadcast to {leaf.shape}.")
+    if isinstance(leaf, QTensor):
+        zero = jnp.zeros((), leaf.codes.dtype)
+        if leaf.zero_point is not None:
+            raise TypeError(f"{path}: mask before quantizing; affine codes may not hold zero.")
+        return leaf.replace(codes=jnp.where(mask, leaf.codes, zero))
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+
+def apply_masks(params: Any, masks: Any) -> Any:
+    """Set pruned weights to zero, `W * M`; a pruned NaN or infinity becomes zero too.
+
+    The original `params` stay as they are: to un-prune is to use them again.
+
+    Args:
+      params: any pytree of arrays; symmetric quantized leaves are masked in their codes.
+      masks: a tree of booleans of the same structure; each broadcasts against its parameter.
+
+    Returns:
+      The pruned parameters.
+
+    Raises:
+      ValueError: the trees differ, or a mask does not broadcast to its parameter.
+      TypeError: a mask is not boolean, or its leaf holds affine codes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> apply_masks({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})
+      {'w': Array([1., 0.], dtype=float32)}
+    """
+    paths, leaves, treedef = flatten_with_paths(params)
+    mask_paths, mask_leaves, _ = flatten_with_paths(masks)
+    if paths != mask_paths:
+        only = sorted(set(paths) ^ set(mask_paths)) or [f"{paths} and {mask_paths}"]
+        raise ValueError(f"masks and params are different trees; they differ at {only[:5]}.")
+    return jax.tree.unflatten(
+        treedef,
+        [_masked(*each) for each in zip(paths, leaves, mask_leaves, strict=True)],
+    )
+
+
+def _is_weight(path: str, leaf: Any) -> bool:
+    return is_compressed(leaf) or is_kernel(path, leaf)
+
+
+def sparsity(params: Any, where: Filter = _is_weight) -> jax.Array:
+    """Measure the fraction of weights that are exactly zero.
+
+    Args:
+      params: any pytree of arrays and compressed leaves.
+      where: which leaves count; by default compressed ones and those of two or more axes.
+
+    Returns:
+      A float32 scalar in [0, 1].
+
+    Raises:
+      ValueError: the filter matches nothing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(sparsity({"kernel": jnp.array([[0.0, 1.0], [0.0, 0.0]]), "bias": jnp.zeros(2)}))
+      0.75
+    """
+    chosen = jax.tree.leaves(select(params, where))
+    leaves = flatten_with_paths(params)[1]
+    weights = [materialize(leaf) for leaf, take in zip(leaves, chosen, strict=True) if take]
+    zeros = sum(jnp.sum(weight == 0) for weight in weights)
+    return zeros / sum(weight.size for weight in weights)

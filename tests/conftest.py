@@ -1,0 +1,65 @@
+"""What holds for every test: no silent rank promotion, the same models, eager and jitted."""
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from hypothesis import settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+settings.register_profile("jopt", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.load_profile("jopt")
+
+
+class LinenNet(linen.Module):
+    """A convolution, an embedding-free dense stack, normalisation: the usual leaves."""
+
+    @linen.compact
+    def __call__(self, images):
+        hidden = linen.relu(linen.Conv(4, (3, 3), name="conv")(images))
+        hidden = linen.LayerNorm(name="norm")(hidden.reshape(hidden.shape[0], -1))
+        hidden = linen.relu(linen.Dense(8, name="hidden")(hidden))
+        return linen.Dense(3, name="head")(hidden)
+
+
+class NnxNet(nnx.Module):
+    """The same network in nnx."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.LayerNorm(64, rngs=rngs)
+        self.hidden = nnx.Linear(64, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, images):
+        hidden = nnx.relu(self.conv(images))
+        hidden = self.norm(hidden.reshape(hidden.shape[0], -1))
+        return self.head(nnx.relu(self.hidden(hidden)))
+
+
+@pytest.fixture
+def images():
+    return jax.random.normal(jax.random.key(7), (2, 4, 4, 1))
+
+
+@pytest.fixture(params=["linen", "nnx"])
+def network(request, images):
+    """Return `(apply, params)`; apply takes parameters and images."""
+    if request.param == "linen":
+        model = LinenNet()
+        params = model.init(jax.random.key(0), images)["params"]
+        return (lambda params, x: model.apply({"params": params}, x)), params
+    graph, params = nnx.split(NnxNet(nnx.Rngs(0)))
+    return (lambda params, x: nnx.merge(graph, params)(x)), params
+
+
+@pytest.fixture(params=["eager", "jit"])
+def variant(request):
+    """Return `jax.jit` or the identity, to run a function both ways."""
+    return jax.jit if request.param == "jit" else (lambda function: function)
+
+
+@pytest.fixture
+def kernel():
+    return jax.random.normal(jax.random.key(1), (8, 6), jnp.float32)
