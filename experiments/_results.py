@@ -1,0 +1,89 @@
+"""What every experiment writes down: where it ran, what it measured, what was asked for."""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jopt", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def environment(packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the schema's `versions`, with those of further packages too, and `hardware`."""
+    versions = {"python": platform.python_version()}
+    for package in (*PACKAGES, *packages):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    hardware = {
+        "processor": _processor(),
+        "cores": cores(),
+        "machine": platform.machine(),
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+    }
+    return {"versions": versions, "hardware": hardware}
+
+
+def command(module: str) -> str:
+    """Return the command that is running, as one would type it."""
+    return " ".join(["python", "-m", module, *sys.argv[1:]])
+
+
+def target(words: str, value: float, goal: float, better: str) -> dict[str, Any]:
+    """Return one entry of `targets`; whether it is met follows from the numbers.
+
+    Args:
+        words: what is asked for.
+        value: what was measured.
+        goal: what it is held against; reaching it exactly is enough.
+        better: "lower" or "higher".
+    """
+    if better not in ("lower", "higher"):
+        raise ValueError(f'better is "lower" or "higher", not {better!r}.')
+    met = value <= goal if better == "lower" else value >= goal
+    return {"target": words, "value": value, "goal": goal, "better": better, "met": bool(met)}
+
+
+def write_results(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `<folder>/<name>.json` in one stroke, so that a killed run leaves no half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """Return the processor's name, which Linux keeps in /proc only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

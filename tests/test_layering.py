@@ -1,0 +1,67 @@
+"""Imports point one way, and `import jopt` stays light."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "_arrays": set(),
+    "_trees": {"_arrays"},
+    "quant": {"_arrays", "_trees"},
+    "prune": {"_arrays", "_trees"},
+    "distill": {"_arrays", "_trees"},
+    "codec": {"_arrays", "_trees"},
+    "cli": {"_arrays", "_trees", "quant", "prune", "distill", "codec", "__init__"},
+    "__init__": {"_arrays", "_trees", "quant", "prune", "distill", "codec"},
+}
+MODULES = sorted((ROOT / "jopt").rglob("*.py"))
+
+
+def imports_of(file):
+    """List the modules that a file imports, in full."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_module_imports_only_what_lies_below_it(file):
+    package = file.relative_to(ROOT / "jopt").parts[0].removesuffix(".py")
+    for name in imports_of(file):
+        parts = name.split(".")
+        if parts[0] == "jopt":
+            target = parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "__init__"
+            assert target in ALLOWED[package] | {package}, name
+        assert parts[0] not in {"tensorflow_datasets", "matplotlib", "torch", "experiments"}, name
+        assert not name.startswith(("jax._src", "jax.core", "flax.core", "flax.linen")), name
+        assert parts[0] != "flax" or name.startswith("flax.struct"), name
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_stay_short(file):
+    assert len(file.read_text().splitlines()) <= 400
+
+
+def test_import_jopt_stays_light():
+    heavy = ["tensorflow", "tensorflow_datasets", "matplotlib", "mlxtend", "torch"]
+    code = f"import jopt, sys; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+def test_every_public_name_is_exported_once_and_documented():
+    import jopt
+
+    for module in (jopt, jopt.quant, jopt.prune, jopt.distill, jopt.codec):
+        assert sorted(module.__all__) == sorted(set(module.__all__))
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isfunction(value) or inspect.isclass(value):
+                assert inspect.getdoc(value), name
