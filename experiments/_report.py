@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,11 +15,11 @@ DEEP_COMPRESSION = {"lenet_300_100": (27_000, 0.0158), "lenet5": (44_000, 0.0074
 def table(results: dict[str, Any], title: str, out: Path, console: Console) -> None:
     """Print every network's forms, the data they were measured on, and the targets."""
     console.print(f"Reloaded from its file and tested on {results['data']['source']}:")
-    found = Table()
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     for name in ("network", "form"):
-        found.add_column(name)
+        found.add_column(name, no_wrap=True)
     for name in ("weights", "bytes", "smaller", "validation", "test error"):
-        found.add_column(name, justify="right")
+        found.add_column(name, justify="right", no_wrap=True)
     for network, rows in results["figures"]["networks"].items():
         for form, row in rows.items():
             found.add_row(

@@ -107,7 +107,7 @@ class Trainer:
     Attributes:
       folder: of the checkpoints.
       key: random key of the whole run; stage and epoch are folded in.
-      validation: images and labels.
+      validation: images and labels, on the device.
       progress: a bar for each stage.
       batch: examples in a step.
       history: validation error after each epoch, by stage.
@@ -116,7 +116,7 @@ class Trainer:
 
     folder: Path
     key: Array
-    validation: tuple[np.ndarray, np.ndarray]
+    validation: tuple[Array, Array]
     progress: Progress
     batch: int = 128
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 import jopt
-from experiments import _data, _train
-from experiments.mnist_lenet import network
+from experiments import _data
+from experiments.mnist_lenet import error_on, network
 from jopt import codec
 
 
@@ -37,7 +37,7 @@ def evaluate(file: Path, dataset: str | None = None) -> tuple[int, float, str, c
     data = _data.load(dataset or about["dataset"])
     _, apply = network(about["network"], about["num_classes"])
     params = jopt.materialize(codec.load(file))
-    error = _train.error_rate(apply, params, *data.test)
+    error = error_on(apply, params, data.test)
     return file.stat().st_size, error, data.source, ledger
 
 

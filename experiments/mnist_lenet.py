@@ -252,6 +252,12 @@ def quantized(params: Tree, bits: int) -> Tree:
     return quant.quantize_params(params, BIAS_SPEC, ".*/bias")
 
 
+def error_on(apply: _train.Apply, params: Tree, part: tuple[Any, Any]) -> float:
+    """Return the error rate on one part of a data set."""
+    images, labels = map(jnp.asarray, part)
+    return _train.error_rate(apply, params, images, labels)
+
+
 def measure(name: str, trees: dict[str, Tree], data: _data.Dataset, folder: Path) -> dict[str, Any]:
     """Write each form of a network to a file, reload it from there alone, and score that."""
     _, apply = network(name, data.num_classes)
@@ -274,8 +280,8 @@ def measure(name: str, trees: dict[str, Tree], data: _data.Dataset, folder: Path
             "ratio": round(float_bytes / size, 2),
             "nonzero": sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(params)),
             "sparsity": round(float(prune.sparsity(params)), 5),
-            "validation_error": round(_train.error_rate(apply, params, *data.validation), 6),
-            "test_error": round(_train.error_rate(apply, params, *data.test), 6),
+            "validation_error": round(error_on(apply, params, data.validation), 6),
+            "test_error": round(error_on(apply, params, data.test), 6),
         }
         if form != "packed":
             file.unlink()
@@ -309,8 +315,9 @@ def run(settings: Settings, data: _data.Dataset, out: Path, work: Path, console:
         TextColumn("{task.fields[note]}"),
     ]
     with Progress(*columns, console=console) as progress:
+        images, labels = map(jnp.asarray, data.validation)
         trainer = _stages.Trainer(
-            work, jax.random.key(settings.seed), data.validation, progress, settings.batch
+            work, jax.random.key(settings.seed), (images, labels), progress, settings.batch
         )
         compression = Compression(settings, data, trainer)
         teacher = compression.teacher()

@@ -8,9 +8,9 @@ checkpointing work on compressed models unchanged.
 
 from typing import Any
 
+import flax.struct as struct
 import jax
 import jax.numpy as jnp
-import flax.struct as struct
 
 
 @struct.dataclass

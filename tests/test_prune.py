@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import jopt
 from jopt import prune, quant
+from jopt._trees import flatten_with_paths
 from jopt.prune._masks import _pruned_count
 from tests import oracles
 
@@ -28,7 +30,7 @@ CHAINS = {
 
 
 def kernels(params):
-    paths, leaves, _ = jopt._trees.flatten_with_paths(params)
+    paths, leaves, _ = flatten_with_paths(params)
     return {path: leaf for path, leaf in zip(paths, leaves, strict=True) if leaf.ndim >= 2}
 
 
@@ -210,7 +212,8 @@ def test_keep_masked_is_exact_when_updates_are_narrower_than_parameters():
     params = {"w": jnp.array([0.1234567, 1.0])}
     tx = prune.keep_masked(masks)
     updates, _ = tx.update({"w": jnp.ones(2, jnp.bfloat16)}, tx.init(params), params)
-    assert float(optax.apply_updates(params, updates)["w"][0]) == 0.0
+    new: Any = optax.apply_updates(params, updates)
+    assert float(new["w"][0]) == 0.0
 
 
 def test_masks_are_arguments_of_the_compiled_step_not_constants():
@@ -286,7 +289,8 @@ def test_training_resumes_from_a_checkpoint_with_its_masks(network, images):
     leaves, treedef = jax.tree.flatten((half, state))
     saved = serialization.msgpack_serialize([np.asarray(leaf) for leaf in leaves])
     restored = [jnp.asarray(leaf) for leaf in serialization.msgpack_restore(saved)]
-    resumed, _ = run(*jax.tree.unflatten(treedef, restored), 2)
+    half, state = jax.tree.unflatten(treedef, restored)
+    resumed, _ = run(half, state, 2)
     chex.assert_trees_all_equal(resumed, straight)
 
 
@@ -309,8 +313,9 @@ def test_transforms_say_what_they_need(kernel):
     ):
         with pytest.raises(ValueError, match="needs the parameters"):
             tx.update(params, tx.init(params))
-    for every in (0, -1, 1.5, True):
+    bad: Any
+    for bad in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="every must be a whole number"):
-            prune.prune_gradually(lambda n: 0.5, every=every)
+            prune.prune_gradually(lambda n: 0.5, every=bad)
     with pytest.raises(ValueError, match="the masks of one transform, not of 0"):
         prune.current_masks(optax.adam(0.1).init(params))

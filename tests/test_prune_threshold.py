@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jopt.prune import _threshold
+from jopt.prune import _counting
 from jopt.prune._threshold import keep_largest, keep_largest_global
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -169,12 +169,12 @@ def test_float64_is_compared_in_full():
 def test_chunked_and_plain_counting_agree(ties):
     rng = np.random.default_rng(0)
     leaves = [jnp.asarray(rng.integers(-3, 4, n).astype(np.float32)) for n in (5, 140_000, 90)]
-    keys = _threshold._order_keys(jnp.arange(-3.0, 4.0), jnp.dtype(jnp.int32))
+    keys = _counting.order_keys(jnp.arange(-3.0, 4.0), jnp.dtype(jnp.int32))
     probes = jnp.array([1, 70, 9000, 100_000], jnp.int32) if ties else keys[jnp.array([1, 2, 3, 5])]
     low, high = (jnp.int32(0), jnp.int32(140_095)) if ties else (keys[0], keys[6])
-    query = _threshold._Query(jnp.array(ties), keys[4], probes, low, high)
-    chunked = _threshold._count_chunks(leaves, query)
-    plain = _threshold._count_plain(leaves, query)
+    query = _counting.Query(jnp.array(ties), keys[4], probes, low, high)
+    chunked = _counting._count_chunks(leaves, query)
+    plain = _counting._count_plain(leaves, query)
     for one, other in zip(chunked, plain, strict=True):
         np.testing.assert_array_equal(one, other)
 

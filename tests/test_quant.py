@@ -202,7 +202,7 @@ def test_blocks_that_make_no_sense_are_refused(block):
 @pytest.mark.parametrize("field", ["range", "grid"])
 def test_a_range_or_grid_must_be_a_function(field):
     with pytest.raises(TypeError, match=f"{field} must be a function, not 'absmax'"):
-        QuantSpec(**{field: "absmax"})
+        QuantSpec(**{field: "absmax"})  # pyright: ignore[reportArgumentType]
 
 
 def test_errors_name_the_leaf_the_rule_and_the_value():

@@ -133,7 +133,7 @@ def _masked(path: str, leaf: Any, mask: Any) -> Any:
         zero = jnp.zeros((), leaf.codes.dtype)
         if leaf.zero_point is not None:
             raise TypeError(f"{path}: mask before quantizing; affine codes may not hold zero.")
-        return leaf.replace(codes=jnp.where(mask, leaf.codes, zero))
+        return QTensor(jnp.where(mask, leaf.codes, zero), leaf.scale)
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
 
@@ -194,5 +194,5 @@ def sparsity(params: Any, where: Filter = _is_weight) -> jax.Array:
     chosen = jax.tree.leaves(select(params, where))
     leaves = flatten_with_paths(params)[1]
     weights = [materialize(leaf) for leaf, take in zip(leaves, chosen, strict=True) if take]
-    zeros = sum(jnp.sum(weight == 0) for weight in weights)
+    zeros = jnp.stack([jnp.sum(weight == 0) for weight in weights]).sum()
     return zeros / sum(weight.size for weight in weights)

@@ -75,7 +75,7 @@ def keep_masked(masks: Any) -> optax.GradientTransformation:
         jax.eval_shape(apply_masks, params, masks)
         return KeepMaskedState(jax.tree.map(jnp.asarray, masks))
 
-    def update(updates: Any, state: KeepMaskedState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         _need_params(params, "keep_masked")
         return _project(updates, params, state.masks), state
 
@@ -132,7 +132,7 @@ def prune_gradually(
         masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.bool_), shapes)
         return PruneGraduallyState(jnp.zeros((), jnp.int32), masks)
 
-    def update(updates: Any, state: PruneGraduallyState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         _need_params(params, "prune_gradually")
 
         def prune() -> Any:
@@ -142,8 +142,8 @@ def prune_gradually(
             return jax.tree.map(jnp.logical_and, chosen, state.masks)
 
         masks = jax.lax.cond(state.count % every == 0, prune, lambda: state.masks)
-        new_state = PruneGraduallyState(optax.safe_increment(state.count), masks)
-        return _project(updates, params, masks), new_state
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return _project(updates, params, masks), PruneGraduallyState(count, masks)
 
     return optax.GradientTransformation(init, update)
 

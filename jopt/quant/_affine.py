@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jopt._arrays import QTensor, materialize
 from jopt.quant._spec import QuantSpec, block_sizes
@@ -57,7 +58,7 @@ def _quantize(values: jax.Array, spec: QuantSpec) -> tuple[QTensor, jax.Array]:
     return leaf, inside.reshape(values.shape)
 
 
-def quantize(values: jax.Array, spec: QuantSpec) -> QTensor:
+def quantize(values: ArrayLike, spec: QuantSpec) -> QTensor:
     """Quantize one array.
 
     The range of each block is taken from the values themselves by `spec.range` and divided into
@@ -83,9 +84,9 @@ def quantize(values: jax.Array, spec: QuantSpec) -> QTensor:
       >>> leaf.codes, leaf.scale
       (Array([-3, 1, 7], dtype=int4), Array([0.2857143], dtype=float32))
     """
-    values = jnp.asarray(values)
-    _check(values, spec)
-    return _quantize(values, spec)[0]
+    array = jnp.asarray(values)
+    _check(array, spec)
+    return _quantize(array, spec)[0]
 
 
 @jax.custom_jvp
@@ -100,7 +101,7 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
     return rounded, jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
 
 
-def fake_quantize(values: jax.Array, spec: QuantSpec) -> jax.Array:
+def fake_quantize(values: ArrayLike, spec: QuantSpec) -> jax.Array:
     """Round an array to what quantizing and restoring it gives, with a straight-through gradient.
 
     The value is exactly `materialize(quantize(values, spec))`. The gradient is that of the
@@ -131,7 +132,7 @@ def fake_quantize(values: jax.Array, spec: QuantSpec) -> jax.Array:
       Bengio, Leonard, Courville, "Estimating or Propagating Gradients Through Stochastic
       Neurons", 2013, https://arxiv.org/abs/1308.3432.
     """
-    values = jnp.asarray(values)
-    _check(values, spec)
-    leaf, inside = _quantize(jax.lax.stop_gradient(values), spec)
-    return _straight_through(values, materialize(leaf), inside)
+    array = jnp.asarray(values)
+    _check(array, spec)
+    leaf, inside = _quantize(jax.lax.stop_gradient(array), spec)
+    return _straight_through(array, materialize(leaf), inside)

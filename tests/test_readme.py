@@ -1,0 +1,25 @@
+"""The README's example runs, and its commands are the ones that CI runs."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks()
+    assert len([line for line in block.splitlines() if line.strip()]) <= 25
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "small.jopt").exists()
+    assert "total" in capsys.readouterr().out
+
+
+def test_ci_runs_the_tests_as_the_readme_says():
+    readme = (ROOT / "README.md").read_text()
+    assert "-m pytest" in readme
+    assert "-m pytest" in (ROOT / ".ci" / "run").read_text()
