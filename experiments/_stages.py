@@ -131,7 +131,6 @@ class Trainer:
         pool: Pool,
         epochs: int,
         check: Callable[[Tree, Array, Array], float],
-        loop: Callable[..., Any],
         augment: Callable[[Array, Array], Array] = _train.unchanged,
     ) -> _train.Carry:
         """Train for some epochs; go on from the checkpoint if the stage was begun before.
@@ -155,7 +154,7 @@ class Trainer:
             order = _train.epoch_order(order_key, pool.count, min(self.batch, pool.count))
             order = order + pool.count * (epoch % pool.copies)
             carry, losses = _train.run_epoch(
-                step, carry, pool.images, pool.labels, order, pool.logits, loop
+                step, carry, pool.images, pool.labels, order, pool.logits
             )
             errors[epoch] = check(carry.params, *self.validation)
             note = f"loss {float(losses.mean()):.3f}  validation error {errors[epoch]:.2%}"

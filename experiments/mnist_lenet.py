@@ -78,7 +78,7 @@ class Settings:
     rate: float = 1e-3
     quantize_rate: float = 3e-4
     prune_every: int = 50
-    stretch_limit: float = 6.0
+    stretch_limit: float = 4.0
     recipes: dict[str, Recipe] = dataclasses.field(
         default_factory=lambda: {
             "lenet_300_100": Recipe(30, 30, 15, 10, sparsity=0.95, bits=4),
@@ -126,7 +126,7 @@ class Compression:
         self.settings = settings
         self.data = data
         self.trainer = trainer
-        # Small sets need more epochs for as many updates, up to six times as many.
+        # Small sets need more epochs for as many updates, up to four times as many.
         self.stretch = min(max(55_000 / len(data.train[1]) / 3, 1.0), settings.stretch_limit)
 
     def epochs(self, epochs: int) -> int:
@@ -138,19 +138,16 @@ class Compression:
         count = len(self.data.train[1])
         return self.epochs(epochs) * (count // min(self.settings.batch, count))
 
-    def initial(self, name: str) -> tuple[Tree, _train.Apply, Any]:
-        """Return fresh parameters, apply, and the loop that runs this network's steps fastest."""
-        module, apply = network(name, self.data.num_classes)
+    def initial(self, name: str) -> Tree:
+        """Return fresh parameters."""
+        module, _ = network(name, self.data.num_classes)
         images = jnp.zeros((1, *self.data.train[0].shape[1:]))
         key = jax.random.fold_in(jax.random.key(self.settings.seed), list(NETWORKS).index(name))
-        loop = _train.scan_steps
-        if jax.default_backend() == "cpu" and name != "lenet_300_100":
-            loop = _train.dispatch_steps
-        return jax.jit(module.init)(key, images)["params"], apply, loop
+        return jax.jit(module.init)(key, images)["params"]
 
     def teacher(self) -> Tree:
         """Train the LeNet-5 that teaches the others."""
-        params, apply, loop = self.initial("lenet5")
+        _, apply = network("lenet5", self.data.num_classes)
         settings = self.settings
         total = self.updates(settings.teacher_epochs)
         rate = optax.warmup_cosine_decay_schedule(
@@ -159,13 +156,12 @@ class Compression:
         images, labels = map(jnp.asarray, self.data.train)
         carry = self.trainer.train(
             "teacher",
-            params,
+            self.initial("lenet5"),
             optax.adamw(rate, weight_decay=settings.weight_decay),
             _stages.hard_loss(apply),
             _stages.Pool(images, labels, None, len(labels)),
             self.epochs(settings.teacher_epochs),
             partial(_train.error_rate, apply),
-            loop,
             augment=lambda key, batch: _train.random_shift(key, batch, settings.teacher_shift),
         )
         return carry.params
@@ -184,7 +180,7 @@ class Compression:
     def compress(self, name: str, teacher: Tree, pool: _stages.Pool) -> dict[str, Tree]:
         """Take one network through all its stages; returns its dense, pruned and packed trees."""
         recipe, settings = self.settings.recipes[name], self.settings
-        params, apply, loop = self.initial(name)
+        _, apply = network(name, self.data.num_classes)
 
         def stage(title: str, params: Tree, tx: Any, view: _stages.View, epochs: int) -> Any:
             loss = _stages.distilled_loss(apply, view, settings.temperature, settings.soft_weight)
@@ -197,13 +193,14 @@ class Compression:
                 return _train.error_rate(apply, seen(params), images, labels)
 
             return self.trainer.train(
-                f"{name} {title}", params, tx, loss, pool, self.epochs(epochs), check, loop
+                f"{name} {title}", params, tx, loss, pool, self.epochs(epochs), check
             )
 
         if name == "lenet5":
             dense = teacher
         else:
-            dense = stage("distil", params, self._dense_tx(recipe), _same, recipe.dense).params
+            fresh, tx = self.initial(name), self._dense_tx(recipe)
+            dense = stage("distil", fresh, tx, _same, recipe.dense).params
         carry = stage("prune", dense, self._pruning_tx(recipe), _same, recipe.prune + recipe.tune)
         pruned, masks = carry.params, prune.current_masks(carry.opt_state)
         rate = optax.cosine_decay_schedule(

@@ -143,7 +143,7 @@ def _train(folder, epochs, stop_after=None):
     import optax
     from rich.progress import Progress
 
-    from experiments._train import error_rate, scan_steps
+    from experiments._train import error_rate
 
     images, labels = map(jnp.asarray, tiny_tfds.make_images(40, (8, 8, 1), 4, 0))
     seen: list[int] = []
@@ -163,7 +163,7 @@ def _train(folder, epochs, stop_after=None):
     tx = optax.chain(optax.adam(0.01))
     params = {"kernel": jnp.zeros((64, 4))}
     loss = _stages.hard_loss(apply)
-    carry = trainer.train("linear", params, tx, loss, pool, epochs, check, scan_steps)
+    carry = trainer.train("linear", params, tx, loss, pool, epochs, check)
     return carry, trainer.history["linear"], len(seen)
 
 

@@ -3,23 +3,25 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
 def _example(image: np.ndarray, label: int) -> bytes:
-    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+    from tensorflow_datasets import proto
 
+    examples: Any = proto.tf_example_pb2
+    features: Any = proto.tf_feature_pb2
     png = io.BytesIO()
     Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(png, format="PNG")
-    feature = tf_feature_pb2.Feature
     values = {
-        "image": feature(bytes_list=tf_feature_pb2.BytesList(value=[png.getvalue()])),
-        "label": feature(int64_list=tf_feature_pb2.Int64List(value=[label])),
+        "image": features.Feature(bytes_list=features.BytesList(value=[png.getvalue()])),
+        "label": features.Feature(int64_list=features.Int64List(value=[label])),
     }
-    features = tf_feature_pb2.Features(feature=values)
-    return tf_example_pb2.Example(features=features).SerializeToString()
+    whole = examples.Example(features=features.Features(feature=values))
+    return whole.SerializeToString()
 
 
 def make_images(count: int, shape: tuple[int, ...], classes: int, seed: int):
@@ -43,9 +45,8 @@ def write(folder: Path, name: str, shape=(28, 28, 1), classes=10, train=80, test
         writer = ArrayRecordWriter(
             str(place / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1"
         )
-        records = [
-            _example(*pair) for pair in zip(*make_images(count, shape, classes, seed), strict=True)
-        ]
+        images, labels = make_images(count, shape, classes, seed)
+        records = [_example(image, int(label)) for image, label in zip(images, labels, strict=True)]
         for record in records:
             writer.write(record)
         writer.close()
