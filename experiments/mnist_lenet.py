@@ -50,6 +50,8 @@ class Recipe:
       quantize: epochs through the rounding to `bits`.
       sparsity: fraction of kernel weights removed, over all layers together.
       bits: of a kernel's code; biases take 8.
+      rate: Adam's learning rate while pruning; training starts from 1.5 times that.
+      quantize_rate: Adam's learning rate through the rounding.
     """
 
     dense: int
@@ -58,6 +60,8 @@ class Recipe:
     quantize: int
     sparsity: float
     bits: int
+    rate: float
+    quantize_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +79,13 @@ class Settings:
     copies: int = 10
     temperature: float = 4.0
     soft_weight: float = 0.9
-    rate: float = 1e-3
-    quantize_rate: float = 3e-4
     prune_every: int = 50
     stretch_limit: float = 4.0
     recipes: dict[str, Recipe] = dataclasses.field(
         default_factory=lambda: {
-            "lenet_300_100": Recipe(30, 30, 15, 10, sparsity=0.95, bits=4),
-            "lenet5": Recipe(0, 12, 8, 6, sparsity=0.98, bits=4),
-            "student": Recipe(15, 12, 8, 6, sparsity=0.75, bits=4),
+            "lenet_300_100": Recipe(30, 40, 25, 15, 0.96, 4, rate=1.5e-3, quantize_rate=5e-4),
+            "lenet5": Recipe(0, 16, 10, 6, 0.98, 4, rate=2e-3, quantize_rate=1e-3),
+            "student": Recipe(20, 16, 12, 8, 0.80, 4, rate=2e-3, quantize_rate=1e-3),
         }
     )
 
@@ -204,7 +206,7 @@ class Compression:
         carry = stage("prune", dense, self._pruning_tx(recipe), _same, recipe.prune + recipe.tune)
         pruned, masks = carry.params, prune.current_masks(carry.opt_state)
         rate = optax.cosine_decay_schedule(
-            settings.quantize_rate, self.updates(recipe.quantize), alpha=0.02
+            recipe.quantize_rate, self.updates(recipe.quantize), alpha=0.02
         )
         tx = optax.chain(optax.adam(rate), prune.keep_masked(masks))
         view = partial(rounded, bits=recipe.bits)
@@ -214,7 +216,7 @@ class Compression:
     def _dense_tx(self, recipe: Recipe) -> optax.GradientTransformation:
         total = self.updates(recipe.dense)
         rate = optax.warmup_cosine_decay_schedule(
-            0.0, 1.5 * self.settings.rate, min(200, total // 2), total, 1e-5
+            0.0, 1.5 * recipe.rate, min(200, total // 2), total, 1e-5
         )
         return optax.adamw(rate, weight_decay=1e-4)
 
@@ -223,8 +225,8 @@ class Compression:
         rising, tuning = self.updates(recipe.prune), self.updates(recipe.tune)
         rate = optax.join_schedules(
             [
-                optax.constant_schedule(self.settings.rate),
-                optax.cosine_decay_schedule(self.settings.rate, tuning, alpha=0.02),
+                optax.constant_schedule(recipe.rate),
+                optax.cosine_decay_schedule(recipe.rate, tuning, alpha=0.02),
             ],
             [rising],
         )
@@ -261,6 +263,7 @@ def measure(name: str, trees: dict[str, Tree], data: _data.Dataset, folder: Path
     about = {
         "network": name,
         "dataset": data.name,
+        "trained_on": data.tag,
         "num_classes": data.num_classes,
         "input_shape": list(data.train[0].shape[1:]),
     }

