@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 FORMS = {"dense": "float32", "pruned": "pruned", "packed": "packed"}
+MARKERS = {"dense": "o", "pruned": "s", "packed": "*"}
 # Bytes and test error that Han, Mao and Dally report: table 1 of "Deep Compression", 2016.
 DEEP_COMPRESSION = {"lenet_300_100": (27_000, 0.0158), "lenet5": (44_000, 0.0074)}
 
@@ -49,47 +50,45 @@ def plot(networks: dict[str, Any], data: str, file: Path) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    worst = 0.0
     for network, rows in networks.items():
         sizes = [row["bytes"] for row in rows.values()]
         errors = [row["test_error"] for row in rows.values()]
-        (line,) = axes.plot(sizes, errors, linewidth=1.5, alpha=0.6)
-        for marker, (form, row) in zip("os*", rows.items(), strict=True):
-            axes.plot(
-                row["bytes"],
-                row["test_error"],
-                marker,
-                color=line.get_color(),
-                markersize=13 if form == "packed" else 7,
-                label=network if form == "packed" else None,
-            )
-            axes.annotate(
-                f"{row['bytes'] / 1000:,.1f} kB",
-                (row["bytes"], row["test_error"]),
-                textcoords="offset points",
-                xytext=(0, 9),
-                ha="center",
-                fontsize=8,
-            )
+        (line,) = axes.plot(sizes, errors, linewidth=1.5, alpha=0.6, label=network)
+        for marker, row in zip(MARKERS.values(), rows.values(), strict=True):
+            place = (row["bytes"], row["test_error"])
+            size = 13 if marker == "*" else 7
+            axes.plot(*place, marker, color=line.get_color(), markersize=size)
+            _name(axes, f"{row['bytes'] / 1000:,.1f} kB", place)
         if data == "mnist" and network in DEEP_COMPRESSION:
-            size, error = DEEP_COMPRESSION[network]
-            axes.plot(size, error, "*", color=line.get_color(), markersize=13, fillstyle="none")
+            place = DEEP_COMPRESSION[network]
+            axes.plot(*place, "*", color=line.get_color(), markersize=13, fillstyle="none")
+            _name(axes, "Han et al. 2016", place)
+            errors.append(place[1])
+        worst = max(worst, *errors)
+    for form, marker in MARKERS.items():
+        axes.plot([], [], marker, color="gray", markersize=9, label=FORMS[form])
     axes.set_xscale("log")
-    worst = max(row["test_error"] for rows in networks.values() for row in rows.values())
-    axes.set_ylim(0, 1.2 * worst + 1e-4)
+    axes.set_ylim(0, 1.15 * worst + 1e-4)
+    axes.margins(x=0.1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1000:,g} kB"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=2))
     axes.set_xlabel("bytes of the one file that reloads (log scale)")
     axes.set_ylabel("test error")
-    hollow = ", hollow: Han et al. 2016" if data == "mnist" else ""
     axes.set_title(f"{data}: test error against file size", loc="left", fontweight="bold")
-    axes.set_title(f"circle float32, square pruned, star packed{hollow}", loc="right", fontsize=9)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2, loc="upper right")
     for ending in ("png", "svg"):
         figure.savefig(file.with_suffix(f".{ending}"), dpi=150, metadata=_no_date(ending))
     plt.close(figure)
+
+
+def _name(axes: Any, words: str, place: tuple[float, float]) -> None:
+    """Write beside a point what it is."""
+    above = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 8}
+    axes.annotate(words, place, **above)
 
 
 def _no_date(ending: str) -> dict[str, Any]:

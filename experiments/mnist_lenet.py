@@ -10,7 +10,7 @@ with their masks held, fine-tuned again through the rounding of their weights, a
 `.jopt` file each. The figures are those of what is reloaded from the files. Choices were made on a
 validation part of the training data; the test images are looked at once, at the end.
 
-A killed run goes on where it was; `--restart` forgets it. Two cores need about TIME for MNIST.
+A killed run goes on where it was; `--restart` forgets it. Two cores need a quarter of an hour for MNIST.
 
 Song Han, Huizi Mao, William Dally, "Deep Compression", 2016, https://arxiv.org/abs/1510.00149.
 """

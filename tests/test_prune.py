@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from jopt import prune, quant
 from jopt._trees import flatten_with_paths
 from jopt.prune._masks import _pruned_count
 from tests import oracles
+from tests.conftest import NnxNet
 
 SELECTORS = {"layer": prune.topk_masks, "global": prune.global_topk_masks}
 CHAINS = {
@@ -292,6 +293,23 @@ def test_training_resumes_from_a_checkpoint_with_its_masks(network, images):
     half, state = jax.tree.unflatten(treedef, restored)
     resumed, _ = run(half, state, 2)
     chex.assert_trees_all_equal(resumed, straight)
+
+
+def test_keep_masked_works_in_an_nnx_optimizer(images):
+    model = NnxNet(nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    masks = prune.topk_masks(prune.magnitude_scores(params), 0.5)
+    tx = optax.chain(optax.adamw(0.05), prune.keep_masked(masks))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        gradients = nnx.grad(lambda model: jnp.sum(model(images) ** 2))(model)
+        optimizer.update(model, gradients)
+
+    for _ in range(3):
+        step(model, optimizer)
+    assert zeros_at(nnx.state(model, nnx.Param), masks)
 
 
 def test_gradual_pruning_of_chosen_leaves_only(network):

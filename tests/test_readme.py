@@ -20,6 +20,5 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_ci_runs_the_tests_as_the_readme_says():
-    readme = (ROOT / "README.md").read_text()
-    assert "-m pytest" in readme
-    assert "-m pytest" in (ROOT / ".ci" / "run").read_text()
+    (test_command,) = re.findall(r"python (-m pytest.*)", (ROOT / "README.md").read_text())
+    assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()[-1]
