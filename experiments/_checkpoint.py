@@ -4,8 +4,6 @@ A checkpoint is one file of plain arrays, written whole or not at all. It is rea
 template of the same structure, so nothing in it is executed.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
+from experiments._results import write_atomically
+
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that it is there either whole or as it was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as out:
-        try:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        except BaseException:
-            os.unlink(out.name)
-            raise
-    os.chmod(out.name, 0o644)
-    os.replace(out.name, file)
 
 
 def save(file: Path, tree: Any) -> None:

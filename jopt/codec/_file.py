@@ -171,15 +171,7 @@ def inspect(path: str | os.PathLike, *, max_elements: int | None = None) -> Ledg
       True
     """
     with _naming(path):
-        contents = _open(path, max_elements)
-        accounts = zip(contents.paths, contents.decode(), strict=True)
-        entries = iter([leaf_entry(leaf_path, *decoded) for leaf_path, decoded in accounts])
-        listed = [
-            next(entries) if value == [] else scalar_entry(leaf_path, value)
-            for leaf_path, value in leaf_paths(contents.structure)
-        ]
-        sizes = sum(entry.total for entry in listed)
-        return Ledger(tuple(listed), len(contents.data) - sizes)
+        return _account(_open(path, max_elements))[1]
 
 
 def verify(path: str | os.PathLike, tree: Any = None, *, max_elements: int | None = None) -> Ledger:
@@ -205,12 +197,27 @@ def verify(path: str | os.PathLike, tree: Any = None, *, max_elements: int | Non
       ...
       jopt.codec._errors.CodecError: ...leaf 'bias' differs from the tree in 3 of 3 elements.
     """
-    ledger = inspect(path, max_elements=max_elements)
-    if tree is not None:
-        loaded = load(path, max_elements=max_elements)
-        with _naming(path):
-            check_equal(loaded, tree)
-    return ledger
+    with _naming(path):
+        contents = _open(path, max_elements)
+        leaves, ledger = _account(contents)
+        if tree is not None:
+            check_equal(from_json(contents.structure, iter(leaves)), tree)
+        return ledger
+
+
+def _account(contents: "_Contents") -> tuple[list[Any], Ledger]:
+    """Decode every array; return them, and where their bytes are."""
+    leaves, entries = [], []
+    for leaf_path, decoded in zip(contents.paths, contents.decode(), strict=True):
+        leaves.append(decoded[0])
+        entries.append(leaf_entry(leaf_path, *decoded))
+    remaining = iter(entries)
+    listed = [
+        next(remaining) if value == [] else scalar_entry(leaf_path, value)
+        for leaf_path, value in leaf_paths(contents.structure)
+    ]
+    sizes = sum(entry.total for entry in listed)
+    return leaves, Ledger(tuple(listed), len(contents.data) - sizes)
 
 
 @dataclass(frozen=True)
