@@ -103,8 +103,8 @@ def torch_rows(leaves: list[np.ndarray], keep: int, repeats: int) -> dict[str, R
     """Rows of PyTorch, if it is installed."""
     if not HAS_TORCH:
         return {}
-    import torch
-    from torch.nn.utils import prune
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.utils import prune  # pyright: ignore[reportMissingImports]
 
     tensors = [torch.from_numpy(leaf.copy()) for leaf in leaves]
 

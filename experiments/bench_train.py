@@ -40,7 +40,7 @@ from experiments._train import (
 from jopt import prune
 
 try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 except ImportError:
     torch: Any = None
 
@@ -105,7 +105,7 @@ def torch_side(
     network: Any, images: np.ndarray, labels: np.ndarray, threads: int, masked: bool = False
 ) -> Side:
     """Return the same for a torch network in eager mode, pruned with torch's own hooks or not."""
-    from torch.nn.utils import prune as torch_prune
+    from torch.nn.utils import prune as torch_prune  # pyright: ignore[reportMissingImports]
 
     if masked:
         for layer in network:
