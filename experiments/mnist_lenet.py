@@ -383,8 +383,10 @@ def main(arguments: list[str] | None = None) -> None:
         settings, data = smoke(settings), _data.head(data, 512)
         out = _data.CACHE / "smoke" if out == _results.RESULTS else out
     console.print(f"[bold]Data:[/] {data.source}")
-    stamp = json.dumps([dataclasses.asdict(settings), data.source, len(data.train[1])])
-    work = _data.CACHE / "mnist_lenet" / hashlib.sha256(stamp.encode()).hexdigest()[:12]
+    if data.note:
+        console.print(f"[bold]Because:[/] {data.note}")
+    about = [jopt.__version__, dataclasses.asdict(settings), data.source, len(data.train[1])]
+    work = _data.CACHE / "mnist_lenet" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     if options.restart:
         shutil.rmtree(work, ignore_errors=True)
     with quick_compilation() if options.smoke else nullcontext():

