@@ -132,8 +132,8 @@ class Compression:
         self.settings = settings
         self.data = data
         self.trainer = trainer
-        # Small sets need more epochs for as many updates, up to four times as many.
-        self.stretch = min(max(55_000 / len(data.train[1]) / 3, 1.0), settings.stretch_limit)
+        # Small sets get more epochs, so that they make at least a sixth as many updates.
+        self.stretch = min(max(55_000 / len(data.train[1]) / 6, 1.0), settings.stretch_limit)
 
     def epochs(self, epochs: int) -> int:
         """Return how many epochs a stage gets on this data set."""
