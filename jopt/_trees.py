@@ -78,7 +78,10 @@ def is_kernel(path: str, leaf: Any) -> bool:
 
 def _matches(where: Filter) -> Callable[[str, Any], bool]:
     if isinstance(where, str):
-        pattern = re.compile(where)
+        try:
+            pattern = re.compile(where)
+        except re.error as error:
+            raise ValueError(f"where={where!r} is not a regular expression: {error}.") from None
         return lambda path, leaf: pattern.fullmatch(path) is not None
     if callable(where):
         return where
@@ -97,7 +100,8 @@ def select(tree: Any, where: Filter = is_kernel) -> Any:
       The tree with a Python bool at every leaf.
 
     Raises:
-      ValueError: nothing was chosen; the message lists the paths that there are.
+      ValueError: nothing was chosen, and the message lists the paths that there are; or the text
+        is not a regular expression.
       TypeError: `where` is neither text nor callable.
 
     Example:

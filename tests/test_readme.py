@@ -13,7 +13,7 @@ def python_blocks():
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = python_blocks()
-    assert len([line for line in block.splitlines() if line.strip()]) <= 25
+    assert len([line for line in block.splitlines() if line.strip()]) <= 20
     exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "small.jopt").exists()
     assert "total" in capsys.readouterr().out

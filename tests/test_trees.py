@@ -42,6 +42,8 @@ def test_a_predicate_sees_path_and_leaf(network):
 def test_a_filter_of_another_type_is_refused():
     with pytest.raises(TypeError, match="regex or a predicate"):
         jopt.select({"a": jnp.ones(2)}, 3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"where='\*kernel' is not a regular expression: nothing"):
+        jopt.select({"a": jnp.ones(2)}, "*kernel")
 
 
 def test_the_default_filter_takes_kernels_and_leaves_compressed_leaves_alone(network):
