@@ -32,13 +32,13 @@ def _pruned_count(size: int, sparsity: Sparsity) -> Any:
     return (size_high * high + ((middle + 2048) >> 12)).astype(jnp.int32)
 
 
-def _scored(scores: Any, where: Filter) -> tuple[list[str], list[Any], list[bool], Any]:
+def _scored(scores: Any, where: Filter) -> tuple[list[Any], list[bool], Any]:
     paths, leaves, treedef = flatten_with_paths(scores)
     chosen = jax.tree.leaves(select(scores, where))
     for path, leaf, take in zip(paths, leaves, chosen, strict=True):
         if take and not is_floating(leaf):
             raise TypeError(f"{path}: scores must be floating-point arrays, not {leaf!r}.")
-    return paths, leaves, chosen, treedef
+    return leaves, chosen, treedef
 
 
 def _masks_from(kept: list[jax.Array], chosen: list[bool], treedef: Any) -> Any:
@@ -46,11 +46,6 @@ def _masks_from(kept: list[jax.Array], chosen: list[bool], treedef: Any) -> Any:
     return jax.tree.unflatten(
         treedef, [next(remaining) if take else jnp.array(True) for take in chosen]
     )
-
-
-# Called eagerly, a search of many small steps would be dispatched one by one.
-_keep_largest = jax.jit(keep_largest)
-_keep_largest_global = jax.jit(keep_largest_global)
 
 
 def topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel) -> Any:
@@ -79,11 +74,11 @@ def topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel) -> An
       Array([[ True, False],
              [ True, False]], dtype=bool)
     """
-    _, leaves, chosen, treedef = _scored(scores, where)
+    leaves, chosen, treedef = _scored(scores, where)
     taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
     counts = [leaf.size - _pruned_count(leaf.size, sparsity) for leaf in taken]
     kept = [
-        _keep_largest(leaf, jnp.asarray(count)) for leaf, count in zip(taken, counts, strict=True)
+        keep_largest(leaf, jnp.asarray(count)) for leaf, count in zip(taken, counts, strict=True)
     ]
     return _masks_from(kept, chosen, treedef)
 
@@ -113,11 +108,11 @@ def global_topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel
       >>> global_topk_masks(scores, 0.5)
       {'a': Array([[ True,  True]], dtype=bool), 'b': Array([[False, False]], dtype=bool)}
     """
-    _, leaves, chosen, treedef = _scored(scores, where)
+    leaves, chosen, treedef = _scored(scores, where)
     taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
     total = sum(leaf.size for leaf in taken)
     keep = jnp.asarray(total - _pruned_count(total, sparsity))
-    return _masks_from(_keep_largest_global(taken, keep), chosen, treedef)
+    return _masks_from(keep_largest_global(taken, keep), chosen, treedef)
 
 
 def _masked(path: str, leaf: Any, mask: Any) -> Any:
