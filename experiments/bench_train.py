@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments._models import LeNet5, LeNet300100, conv_pool_direct
+from experiments._convolution import conv_pool_direct
+from experiments._models import LeNet5, LeNet300100
 from experiments._results import RESULTS, command, cores, environment, target, write_results
 from experiments._train import (
     dispatch_steps,

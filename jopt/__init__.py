@@ -2,7 +2,7 @@
 
 Everything is a function from a pytree of parameters to a pytree of parameters:
 
-- `jopt.quant`: few-bit integers instead of floats.
+- `jopt.quant`: few-bit codes instead of floats.
 - `jopt.prune`: zeros instead of weights that do not matter, held there by optax transforms.
 - `jopt.distill`: losses with which a small network learns from a large one.
 - `jopt.codec`: one small file for all of it.
@@ -10,12 +10,26 @@ Everything is a function from a pytree of parameters to a pytree of parameters:
 """
 
 from jopt import codec, distill, prune, quant
-from jopt._arrays import QTensor, is_compressed, materialize, nbytes
+from jopt._arrays import materialize, nbytes
+from jopt._leaves import (
+    BitTensor,
+    CodebookTensor,
+    FloatTensor,
+    QTensor,
+    RotatedTensor,
+    ScaledTensor,
+    is_compressed,
+)
 from jopt._trees import Filter, is_kernel, select
 
 __all__ = [
+    "BitTensor",
+    "CodebookTensor",
     "Filter",
+    "FloatTensor",
     "QTensor",
+    "RotatedTensor",
+    "ScaledTensor",
     "codec",
     "distill",
     "is_compressed",

@@ -1,76 +1,20 @@
-"""The compressed leaves: data only, so that every other module can know them without their methods.
+"""What is done with compressed leaves whatever made them: restore the arrays, count the bytes."""
 
-A compressed model is the user's own pytree with some arrays replaced by the classes of this file.
-They are pytrees themselves and carry no static shape, axis or bit-width: what a leaf needs to know
-is read from the shapes and dtypes of its arrays, which is why `vmap`, `scan`, `grad`, sharding and
-checkpointing work on compressed models unchanged.
-"""
-
+import math
 from typing import Any
 
-import flax.struct as struct
 import jax
 import jax.numpy as jnp
 
-
-@struct.dataclass
-class QTensor:
-    """Hold an array as integer codes and the scale that gives them meaning.
-
-    `x ~ scale * (codes - zero_point)`. `scale` and `zero_point` have as many axes as `codes`, and
-    `scale.shape[i]` divides `codes.shape[i]`: each entry covers one block of
-    `codes.shape[i] // scale.shape[i]` codes along axis `i`. One scale for everything has shape
-    `(1, ..., 1)`, one per output channel of a kernel `(1, ..., channels)`.
-
-    Attributes:
-      codes: integers of a native dtype, `int2`, `int4`, `int8` or their unsigned forms. The two
-        narrow ones are really packed in memory (see `nbytes`).
-      scale: floating-point; its dtype is the dtype of the restored array.
-      zero_point: the code that stands for 0.0, of scale's shape, or None for 0.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> leaf = QTensor(jnp.array([[-3, 0, 2]], jnp.int4), jnp.array([[0.5]]), None)
-      >>> materialize(leaf)
-      Array([[-1.5,  0. ,  1. ]], dtype=float32)
-    """
-
-    codes: jax.Array
-    scale: jax.Array
-    zero_point: jax.Array | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of the array that this leaf stands for."""
-        return self.codes.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Return the dtype of the array that this leaf stands for."""
-        return self.scale.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Return the number of axes of the array that this leaf stands for."""
-        return self.codes.ndim
-
-    @property
-    def size(self) -> int:
-        """Return the number of elements of the array that this leaf stands for."""
-        return self.codes.size
-
-
-COMPRESSED_CLASSES: tuple[type, ...] = (QTensor,)
-
-
-def is_compressed(leaf: Any) -> bool:
-    """Return whether `leaf` is a compressed leaf; made to be passed as `is_leaf`.
-
-    Example:
-      >>> is_compressed(3.0)
-      False
-    """
-    return isinstance(leaf, COMPRESSED_CLASSES)
+from jopt._leaves import (
+    BitTensor,
+    CodebookTensor,
+    FloatTensor,
+    QTensor,
+    RotatedTensor,
+    ScaledTensor,
+    is_compressed,
+)
 
 
 def expand_blocks(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -108,12 +52,91 @@ def expand_blocks(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(spread, split).reshape(shape)
 
 
-def _dequantize(leaf: QTensor) -> jax.Array:
+def _tensor(leaf: QTensor) -> jax.Array:
     centred = leaf.codes.astype(leaf.scale.dtype)
     if leaf.zero_point is not None:
         zero_point = leaf.zero_point.astype(leaf.scale.dtype)
         centred = centred - expand_blocks(zero_point, leaf.codes.shape)
     return expand_blocks(leaf.scale, leaf.codes.shape) * centred
+
+
+def _looked_up(leaf: CodebookTensor) -> jax.Array:
+    *counts, entries = leaf.codebook.shape
+    sizes = [size // count for size, count in zip(leaf.codes.shape, counts, strict=True)]
+    axes = range(len(counts))
+    split = leaf.codes.reshape([n for pair in zip(counts, sizes, strict=True) for n in pair])
+    order = [2 * axis for axis in axes] + [2 * axis + 1 for axis in axes]
+    rows = split.transpose(order).reshape(math.prod(counts), -1).astype(jnp.int32)
+    table = leaf.codebook.reshape(-1, entries)
+    values = jax.vmap(lambda line, at: line.at[at].get(mode="clip"))(table, rows)
+    back = [n for axis in axes for n in (axis, axis + len(counts))]
+    values = values.reshape(*counts, *sizes).transpose(back).reshape(leaf.codes.shape)
+    return values if leaf.scale is None else values * expand_blocks(leaf.scale, values.shape)
+
+
+def _narrow_floats(leaf: FloatTensor) -> jax.Array:
+    scale = leaf.scale.astype(leaf.dtype)
+    if leaf.global_scale is not None:
+        scale = leaf.global_scale * scale
+    return expand_blocks(scale, leaf.codes.shape) * leaf.codes.astype(leaf.dtype)
+
+
+def _signs(leaf: BitTensor) -> jax.Array:
+    *stacked, length, columns = leaf.bits.shape
+    rows = math.prod(leaf.shape[len(stacked) : -1])
+    places = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * len(stacked) + (1, 8, 1))
+    bits = (leaf.bits[..., None, :] >> places) & jnp.uint8(1)
+    bits = bits.reshape(*stacked, 8 * length, columns)[..., :rows, :].reshape(leaf.shape)
+    return expand_blocks(leaf.scale, leaf.shape) * (2 * bits.astype(leaf.dtype) - 1)
+
+
+def _scaled(leaf: ScaledTensor) -> jax.Array:
+    return leaf.factor.astype(leaf.dtype) * materialize(leaf.tensor)
+
+
+def _rotated(leaf: RotatedTensor) -> jax.Array:
+    inner, signs = materialize(leaf.tensor), leaf.signs.astype(leaf.dtype)
+    return jnp.where(signs == 0, inner, signs * hadamard(inner))
+
+
+def hadamard(values: jax.Array) -> jax.Array:
+    """Multiply the last axis but one by an orthonormal Hadamard matrix.
+
+    `H_1 = (1)`, `H_2m = ((H_m, H_m), (H_m, -H_m)) / sqrt(2)`. A length that is no power of two is
+    cut into blocks of the largest power of two that divides it. The matrix is symmetric, so that
+    a second call undoes the first.
+
+    Args:
+      values: floating-point array of two or more axes.
+
+    Returns:
+      An array of the same shape and dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> hadamard(jnp.array([[1.0], [1.0], [3.0], [-1.0]])).ravel()
+      Array([ 2.,  2.,  0., -2.], dtype=float32)
+    """
+    *before, length, columns = values.shape
+    block = length & -length
+    out = values.reshape(*before, length // block, block, columns) if length else values
+    half = 1
+    while half < block:
+        parts = out.reshape(*before, length // (2 * half), 2, half, columns)
+        even, odd = parts[..., 0, :, :], parts[..., 1, :, :]
+        out = jnp.stack([even + odd, even - odd], axis=-3)
+        half *= 2
+    return (out * (1 / math.sqrt(block) if block > 1 else 1.0)).reshape(values.shape)
+
+
+_RESTORE = {
+    QTensor: _tensor,
+    CodebookTensor: _looked_up,
+    FloatTensor: _narrow_floats,
+    BitTensor: _signs,
+    ScaledTensor: _scaled,
+    RotatedTensor: _rotated,
+}
 
 
 def materialize(tree: Any) -> Any:
@@ -138,8 +161,21 @@ def materialize(tree: Any) -> Any:
       {'b': Array([1.], dtype=float32), 'w': Array([2., 4.], dtype=float32)}
     """
     return jax.tree.map(
-        lambda leaf: _dequantize(leaf) if is_compressed(leaf) else leaf, tree, is_leaf=is_compressed
+        lambda leaf: _RESTORE[type(leaf)](leaf) if is_compressed(leaf) else leaf,
+        tree,
+        is_leaf=is_compressed,
     )
+
+
+def working_dtype(dtype: Any) -> Any:
+    """Return the dtype to compute in: float32, or `dtype` itself where that is wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> working_dtype(jnp.bfloat16)
+      dtype('float32')
+    """
+    return jnp.dtype(dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32)
 
 
 def dtype_bits(dtype: Any) -> int:
@@ -152,6 +188,8 @@ def dtype_bits(dtype: Any) -> int:
     """
     if jnp.issubdtype(dtype, jnp.integer):
         return int(jnp.iinfo(dtype).bits)
+    if jnp.dtype(dtype) == jnp.float4_e2m1fn:
+        return 4
     return 8 * jnp.dtype(dtype).itemsize
 
 

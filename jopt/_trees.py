@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt._arrays import is_compressed
+from jopt._leaves import is_compressed
 
 Filter = str | Callable[[str, Any], bool]
 

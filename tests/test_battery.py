@@ -15,8 +15,31 @@ import pytest
 
 import jopt
 from jopt import codec, distill, prune, quant
+from jopt._trees import map_selected
 from jopt.quant import QuantSpec
 
+_GRIDS = {
+    "log2": (4, quant.logarithmic(2.0)),
+    "log_sqrt2_mean": (5, quant.logarithmic(2**0.5, quant.arithmetic_mean)),
+    "additive_powers": (4, quant.additive_powers_of_two),
+    "kmeans": (3, quant.kmeans),
+    "nf4": (4, quant.nf4),
+    "codebook": (2, quant.codebook((-1.0, 0.0, 0.5))),
+    "ternary": (2, quant.ternary),
+    "ternary_optimal": (2, quant.ternary_optimal),
+    "binary": (1, quant.binary),
+    "e4m3": (8, quant.e4m3),
+    "e5m2": (8, quant.e5m2),
+}
+_BLOCK_FLOATS = {
+    "mxfp4": (4, 32, quant.mxfp4),
+    "mxfp6_e2m3": (6, 32, quant.mxfp6_e2m3),
+    "mxfp6_e3m2": (6, 32, quant.mxfp6_e3m2),
+    "mxfp8_e4m3": (8, 32, quant.mxfp8_e4m3),
+    "mxfp8_e5m2": (8, 32, quant.mxfp8_e5m2),
+    "nvfp4": (4, 16, quant.nvfp4),
+}
+_RANGES = {"percentile": quant.percentile(99.0), "mse": quant.mse, "entropy": quant.entropy(4)}
 _affine = partial(QuantSpec, range=quant.minmax, grid=quant.affine)
 _affine_zero = partial(QuantSpec, range=quant.minmax, grid=quant.affine_zero)
 
@@ -26,6 +49,32 @@ def _masked(select, score):
 
 
 _random = partial(prune.random_scores, jax.random.key(0))
+
+
+def _lsq(params):
+    steps = quant.init_steps(params, QuantSpec(3))
+    return quant.lsq_quantize_params(params, steps, QuantSpec(3))
+
+
+def _by_method(method, spec):
+    """Quantize the kernels by a method after training that needs no data."""
+
+    def transform(params):
+        return map_selected(lambda path, leaf: method(leaf, None, spec)[0], params)
+
+    return transform
+
+
+def _scaled(params):
+    """Put codes of scaled inputs behind a factor, as AWQ leaves them."""
+
+    def transform(path, leaf):
+        factor = 1 + jnp.arange(leaf.shape[-2], dtype=leaf.dtype)
+        factor = factor.reshape((1,) * (leaf.ndim - 2) + (-1, 1))
+        return jopt.ScaledTensor(quant.quantize(leaf * factor, QuantSpec(4)), 1 / factor)
+
+    return map_selected(transform, params)
+
 
 # Functions from parameters to parameters.
 TRANSFORMS = {
@@ -37,6 +86,30 @@ TRANSFORMS = {
     "biases_too": partial(quant.quantize_params, spec=QuantSpec(8, ()), where=".*"),
     "fake_symmetric": partial(quant.fake_quantize_params, spec=QuantSpec(4)),
     "fake_affine": partial(quant.fake_quantize_params, spec=_affine(4)),
+    **{
+        f"grid_{name}": partial(quant.quantize_params, spec=QuantSpec(bits, grid=grid))
+        for name, (bits, grid) in _GRIDS.items()
+    },
+    **{
+        f"grid_{name}": partial(
+            quant.quantize_params, spec=QuantSpec(bits, (size, 1), grid=grid), where="hidden/kernel"
+        )
+        for name, (bits, size, grid) in _BLOCK_FLOATS.items()
+    },
+    **{
+        f"range_{name}": partial(quant.quantize_params, spec=QuantSpec(4, range=each))
+        for name, each in _RANGES.items()
+    },
+    "fake_nf4": partial(quant.fake_quantize_params, spec=QuantSpec(4, grid=quant.nf4)),
+    "binarized": quant.binarize_params,
+    "fake_binarized": quant.fake_binarize_params,
+    "dorefa": partial(quant.dorefa_quantize_params, spec=QuantSpec(2)),
+    "dorefa_trained": partial(quant.dorefa_params, spec=QuantSpec(2)),
+    "lsq": _lsq,
+    "ttq": lambda params: quant.ttq_quantize_params(params, quant.ttq_init_params(params)),
+    "hqq": _by_method(quant.hqq, _affine(3)),
+    "hadamard": _by_method(quant.hadamard_rotation, QuantSpec(4)),
+    "scaled": _scaled,
     "layer_magnitude": _masked(partial(prune.topk_masks, sparsity=0.9), prune.magnitude_scores),
     "global_magnitude": _masked(
         partial(prune.global_topk_masks, sparsity=0.9), prune.magnitude_scores

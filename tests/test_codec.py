@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jopt import codec
-from jopt._arrays import QTensor
+from jopt._leaves import QTensor
 from jopt.codec import CodecError
 
 NARROW = ["int2", "uint2", "int4", "uint4"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jopt import codec
-from jopt._arrays import QTensor
+from jopt._leaves import QTensor
 from jopt.codec import CodecError, _header
 from tests.test_codec import assert_same_bits
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jopt._arrays import is_compressed
+from jopt._leaves import is_compressed
 from jopt._trees import flatten_with_paths
 from jopt.codec._errors import CodecError
 from jopt.codec._words import to_words
@@ -72,7 +72,7 @@ def check_equal(loaded: Any, tree: Any) -> None:
 def _check_leaf(path: str, leaf: Any, other: Any) -> None:
     if is_compressed(leaf) and type(leaf) is type(other):
         for name in leaf.__dataclass_fields__:
-            _check_field(f"{path}.{name}", getattr(leaf, name), getattr(other, name))
+            _check_leaf(f"{path}.{name}", getattr(leaf, name), getattr(other, name))
     else:
         _check_field(path, leaf, other)
 

@@ -231,17 +231,17 @@ class _Contents:
     metadata: dict
     body: int
 
-    def decode(self) -> Iterator[tuple[Any, tuple[str, ...], list[Sizes | None]]]:
-        """Yield each array and compressed leaf, its fields, and their bytes."""
+    def decode(self) -> Iterator[tuple[Any, dict[str, Sizes]]]:
+        """Yield each array and compressed leaf, and the bytes of its fields."""
         at, content = self.body, 0
         for path, plan in zip(self.paths, self.plans, strict=True):
-            stop = at + plan.nbytes()
+            stop = at + plan.nbytes
             data, check = self.data[at:stop], self.data[stop : stop + 4]
             with part(f"leaf {path!r}"):
                 if crc(data) != check:
                     raise CodecError("checksum mismatch; its bytes were altered.")
                 leaf, sizes, content = decode_leaf(plan, data, content)
-            yield leaf, plan.names, sizes
+            yield leaf, sizes
             at = stop + 4
         if content.to_bytes(4, "little") != self.data[at:]:
             raise CodecError("checksum of the contents: what was decoded is not what was saved.")
@@ -255,7 +255,7 @@ def _open(path: str | os.PathLike, max_elements: int | None) -> _Contents:
         paths = [leaf_path for leaf_path, value in leaf_paths(structure) if value == []]
         if len(paths) != len(plans):
             raise CodecError(f"{len(plans)} rows for {len(paths)} leaves.")
-    expected = body + sum(plan.nbytes() + 4 for plan in plans) + 4
+    expected = body + sum(plan.nbytes + 4 for plan in plans) + 4
     if len(data) < expected:
         where = _leaf_at(paths, plans, len(data) - body)
         raise CodecError(
@@ -278,7 +278,7 @@ def _open(path: str | os.PathLike, max_elements: int | None) -> _Contents:
 def _leaf_at(paths: list[str], plans: list[Plan], length: int) -> str:
     """Name the leaf in which a body cut to `length` bytes ends."""
     for path, plan in zip(paths, plans, strict=True):
-        length -= plan.nbytes() + 4
+        length -= plan.nbytes + 4
         if length < 0:
             return f"leaf {path!r}"
     return "checksum of the contents"

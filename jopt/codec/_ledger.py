@@ -1,13 +1,16 @@
 """Where the bytes of a file are: one line a leaf, and totals that are the size of the file."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt._arrays import dtype_bits, is_compressed, materialize
+from jopt._arrays import dtype_bits, materialize
+from jopt._leaves import is_compressed
 from jopt.codec._sections import Sizes
 
 
@@ -19,11 +22,13 @@ class Entry:
       path: the path of the leaf.
       kind: `"array"`, the name of a compressed class, or `"scalar"` for what lies in the header.
       shape: of the array that the leaf stands for.
-      dtype: of the array, or of the codes of a compressed leaf.
+      dtype: of the array, or of the codes (or bits) of a compressed leaf, those of the leaf within
+        for one that wraps another.
       zeros: fraction of elements that stand for 0, from 0 to 1.
       values: bytes of the elements that are not blank, or of all where no mask is coded.
       mask: bytes that say which elements are blank.
-      scales: bytes of every other field of a compressed leaf: scales, zero points, codebooks.
+      scales: bytes of every other field of a compressed leaf: scales, zero points, codebooks,
+        factors, signs.
       header: bytes of the checksum.
       float32_bytes: what the leaf takes uncompressed: 4 bytes an element for floating-point and
         compressed leaves, its size in memory for other arrays, 0 for scalars.
@@ -158,24 +163,30 @@ def scalar_entry(path: str, value: Any) -> Entry:
     return Entry(path, "scalar", (), type(value).__name__, 0.0, 0, 0, 0, 0, 0)
 
 
-def leaf_entry(path: str, leaf: Any, names: tuple[str, ...], sizes: list[Sizes | None]) -> Entry:
+def leaf_entry(path: str, leaf: Any, sizes: dict[str, Sizes]) -> Entry:
     """Account for an array or a compressed leaf.
 
     Args:
       path: its path.
       leaf: what was decoded.
-      names: its fields; `("",)` for an array.
-      sizes: the bytes of each field, None for an absent one.
+      sizes: the bytes of each field, as `decode_leaf` returns them.
     """
-    parts = {name: part for name, part in zip(names, sizes, strict=True) if part is not None}
-    main = "codes" if "codes" in names else names[0]
-    coded = parts.get(main, Sizes(0, 0))
-    scales = sum(part.mask + part.values for part in parts.values()) - coded.mask - coded.values
-    elements = getattr(leaf, main) if is_compressed(leaf) else leaf
+    main, elements = _main_field(leaf)
+    coded = sizes.get(main, Sizes(0, 0))
+    scales = sum(part.mask + part.values for part in sizes.values()) - coded.mask - coded.values
     kind = type(leaf).__name__ if is_compressed(leaf) else "array"
     dtype = "none" if elements is None else elements.dtype.name
     shape, zeros, floats = _represented(leaf)
     return Entry(path, kind, shape, dtype, zeros, coded.values, coded.mask, scales, 4, floats)
+
+
+def _main_field(leaf: Any) -> tuple[str, Any]:
+    """Return the name and the array of the codes: the first field, or that of the leaf within."""
+    if not is_compressed(leaf):
+        return "", leaf
+    name = dataclasses.fields(leaf)[0].name
+    inner, elements = _main_field(getattr(leaf, name))
+    return f"{name}.{inner}" if inner else name, elements
 
 
 def _represented(leaf: Any) -> tuple[tuple[int, ...], float, int]:
@@ -183,8 +194,11 @@ def _represented(leaf: Any) -> tuple[tuple[int, ...], float, int]:
     if not is_compressed(leaf):
         return tuple(leaf.shape), _zeros(leaf), _float32_bytes(leaf)
     try:
+        # Shapes first: fields that do not fit together may broadcast to more than memory holds.
+        if jax.eval_shape(materialize, leaf).shape != tuple(leaf.shape):
+            return (), 0.0, 0
         array = materialize(leaf)
-    except (TypeError, ValueError, AttributeError, IndexError):  # its fields do not fit together
+    except (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError):
         return (), 0.0, 0
     return tuple(array.shape), _zeros(array), 4 * int(array.size)
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax import tree_util
 
-from jopt._arrays import is_compressed
+from jopt._leaves import is_compressed
 from jopt.codec._errors import CodecError
 
 _LIST, _TUPLE, _INT_DICT, _FLOAT = range(4)

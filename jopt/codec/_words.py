@@ -21,6 +21,7 @@ _NARROW_FLOATS = [
     f"float8_{form}"
     for form in ("e4m3fn", "e5m2", "e4m3", "e3m4", "e4m3fnuz", "e5m2fnuz", "e4m3b11fnuz", "e8m0fnu")
 ]
+_NARROW_FLOATS.append("float4_e2m1fn")
 _COMPLEX = ["complex64", "complex128"]
 _DTYPES = {
     name: jnp.dtype(name)
@@ -63,6 +64,8 @@ def to_words(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "c":
         flat = flat.view(f"f{array.dtype.itemsize // 2}")
     width = width_of(array.dtype)
+    if width < 8 and jnp.issubdtype(array.dtype, jnp.floating):
+        return flat.view(np.uint8) & np.uint8((1 << width) - 1)
     if width < 8:
         return (flat.astype(np.int8).view(np.uint8) & ((1 << width) - 1)).astype(np.uint8)
     return flat.view(f"u{flat.dtype.itemsize}")
@@ -73,6 +76,8 @@ def from_words(words: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np
     width = width_of(dtype)
     if dtype.name == "bool":
         return words.astype(np.bool_).reshape(shape)
+    if width < 8 and jnp.issubdtype(dtype, jnp.floating):
+        return words.astype(np.uint8).view(dtype).reshape(shape)
     if width < 8:
         values = words.astype(np.int8)
         if jnp.issubdtype(dtype, jnp.signedinteger):

@@ -1,12 +1,14 @@
 """Masks: which weights stay. True keeps; each mask broadcasts against its parameter."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt._arrays import QTensor, is_compressed, materialize
+from jopt._arrays import materialize
+from jopt._leaves import FloatTensor, QTensor, ScaledTensor, is_compressed
 from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, select
 from jopt.prune._threshold import keep_largest, keep_largest_global
 
@@ -124,11 +126,22 @@ def _masked(path: str, leaf: Any, mask: Any) -> Any:
         or any(n not in (1, size) for n, size in zip(shape, leaf.shape, strict=True))
     ):
         raise ValueError(f"{path}: mask of shape {shape} does not broadcast to {leaf.shape}.")
-    if isinstance(leaf, QTensor):
+    return _masked_leaf(path, leaf, mask)
+
+
+def _masked_leaf(path: str, leaf: Any, mask: jax.Array) -> Any:
+    if isinstance(leaf, ScaledTensor):  # a factor leaves zeros where they are
+        return ScaledTensor(_masked_leaf(path, leaf.tensor, mask), leaf.factor)
+    if isinstance(leaf, QTensor) and leaf.zero_point is not None:
+        raise TypeError(f"{path}: mask before quantizing; affine codes may not hold zero.")
+    if isinstance(leaf, (QTensor, FloatTensor)):
         zero = jnp.zeros((), leaf.codes.dtype)
-        if leaf.zero_point is not None:
-            raise TypeError(f"{path}: mask before quantizing; affine codes may not hold zero.")
-        return QTensor(jnp.where(mask, leaf.codes, zero), leaf.scale)
+        return dataclasses.replace(leaf, codes=jnp.where(mask, leaf.codes, zero))
+    if is_compressed(leaf):
+        raise TypeError(
+            f"{path}: mask before compressing; the codes of a {type(leaf).__name__} may not hold "
+            "zero."
+        )
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
 
@@ -138,7 +151,8 @@ def apply_masks(params: Any, masks: Any) -> Any:
     The original `params` stay as they are: to un-prune is to use them again.
 
     Args:
-      params: any pytree of arrays; symmetric quantized leaves are masked in their codes.
+      params: any pytree of arrays. Quantized leaves whose codes have a zero, symmetric ones and
+        narrow floats, with or without factors, are masked in their codes.
       masks: a tree of booleans of the same structure; each broadcasts against its parameter.
 
     Returns:
@@ -146,7 +160,8 @@ def apply_masks(params: Any, masks: Any) -> Any:
 
     Raises:
       ValueError: the trees differ, or a mask does not broadcast to its parameter.
-      TypeError: a mask is not boolean, or its leaf holds affine codes.
+      TypeError: a mask is not boolean, or its leaf is compressed to codes that may have no zero:
+        affine ones, indices into a codebook, single bits, and those of a rotated kernel.
 
     Example:
       >>> import jax.numpy as jnp

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt._arrays import is_compressed
+from jopt._leaves import is_compressed
 from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, map_selected, select
-from jopt.quant._affine import fake_quantize, quantize
+from jopt.quant._quantize import fake_quantize, quantize
 from jopt.quant._spec import QuantSpec
 
 

@@ -16,12 +16,12 @@ class QuantSpec:
         whole. `()` is one scale for the tensor, `(1,)` one for each index of the last axis (the
         output channels of a kernel), `(64, 1)` one for each 64 inputs of each output; -1 is the
         whole axis.
-      range: `absmax`, `minmax` or any function `(values, axes) -> (low, high)`.
-      grid: `symmetric`, `affine`, `affine_zero` or any function of their form.
+      range: `absmax`, `minmax` or any function `(values, axes, restore) -> (low, high)`.
+      grid: the number format: `symmetric`, `affine`, `affine_zero` or any other `Grid`.
 
     Raises:
       ValueError: `bits` or `block` is out of range.
-      TypeError: `range` or `grid` is not a function.
+      TypeError: `range` is not a function or `grid` is not a `Grid`.
 
     Example:
       >>> from jopt import quant
@@ -45,9 +45,10 @@ class QuantSpec:
             raise ValueError(
                 f"block must be a tuple of positive whole numbers or -1, not {self.block!r}."
             )
-        for name in ("range", "grid"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be a function, not {getattr(self, name)!r}.")
+        if not callable(self.range):
+            raise TypeError(f"range must be a function, not {self.range!r}.")
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"grid must be a Grid, not {self.grid!r}.")
 
 
 def block_sizes(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,288 @@
+"""Run a traced function with its layers' inputs seen or changed.
+
+`analyse` follows the parameters' views through a jaxpr without computing anything. `evaluate` runs
+the jaxpr equation by equation and calls `visit` with the input of each layer. Functions within
+the jaxpr (jit, remat, scan, custom derivatives) are opened only if there is a layer inside them;
+otherwise their equation is run as it is, so that their derivative rules and boundaries stay.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct as struct
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jopt._layers._uses import Use, conv_use, dot_use
+from jopt._layers._views import VIEW_RULES, View, looped, sliced
+
+Views = list[View | None]
+_PRODUCTS = {"dot_general": dot_use, "conv_general_dilated": conv_use}
+_REMAT = {"remat", "remat2", "checkpoint"}
+_CALLS = _REMAT | {
+    "jit",
+    "pjit",
+    "core_call",
+    "closed_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+}
+_ELEMENTWISE_TUPLES = {"device_put", "optimization_barrier"}
+
+
+@struct.dataclass
+class Record:
+    """The inputs of one use of a layer, `(leading..., count, features)`.
+
+    Attributes:
+      rows: the inputs.
+      use: the use that they belong to.
+      scans: which of the enclosing scans have still to put their steps in the right axis.
+    """
+
+    rows: jax.Array
+    use: Use = struct.field(pytree_node=False)
+    scans: tuple[bool, ...] = struct.field(pytree_node=False)
+
+
+Visit = Callable[[Use, jax.Array, dict[str, Any]], tuple[jax.Array, list[Record]]]
+
+
+class Analysis(NamedTuple):
+    """What happens to the parameters in a jaxpr or in one equation.
+
+    Attributes:
+      uses: the layers, in order of execution.
+      ends: `(path, reason)` where a view ended in something that is no layer.
+      views: the views that come out.
+    """
+
+    uses: list[Use]
+    ends: list[tuple[str, str]]
+    views: Views
+
+
+def _inner(equation: core.JaxprEqn) -> tuple[core.Jaxpr, list[Any]]:
+    """Return the jaxpr that an equation calls, and the constants of it."""
+    for value in equation.params.values():
+        if isinstance(value, core.ClosedJaxpr):
+            return value.jaxpr, list(value.consts)
+        if isinstance(value, core.Jaxpr):
+            return value, []
+    raise ValueError(f"{equation.primitive.name} holds no jaxpr.")
+
+
+def _ended(views: Views, reason: str) -> list[tuple[str, str]]:
+    return [(view.path, reason) for view in views if view is not None]
+
+
+def _scan_views(equation: core.JaxprEqn, views: Views) -> tuple[Views, Analysis]:
+    """Return the views inside a scan's body, and what becomes of them."""
+    body, _ = _inner(equation)
+    consts = equation.params["num_consts"]
+    xs = consts + equation.params["num_carry"]
+    inside = [looped(view) for view in views[:xs]] + [sliced(view) for view in views[xs:]]
+    while True:
+        found = analyse(body, inside)
+        carried = found.views[: xs - consts]
+        kept = [
+            view if view == out else None
+            for view, out in zip(inside[consts:xs], carried, strict=True)
+        ]
+        if kept == inside[consts:xs]:
+            break
+        inside[consts:xs] = kept  # what the loop changes is no view in its second step
+    changed = [view for view, after in zip(views[consts:xs], kept, strict=True) if not after]
+    ends = found.ends + _ended(changed, "scan changes it from step to step")
+    origin = dict(zip(inside[xs:], views[xs:], strict=True))
+    collected = [origin.get(view) for view in found.views[xs - consts :]]
+    outs = [view if after else None for view, after in zip(views[consts:xs], kept, strict=True)]
+    return inside, Analysis(found.uses, ends, outs + collected)
+
+
+def _analyse_equation(equation: core.JaxprEqn, views: Views) -> Analysis:
+    name = equation.primitive.name
+    nothing: Views = [None] * len(equation.outvars)
+    if all(view is None for view in views):
+        return Analysis([], [], nothing)
+    if name in VIEW_RULES and views[0] is not None:
+        view = VIEW_RULES[name](views[0], equation.params)
+        return Analysis([], [] if view else _ended(views, name), [view])
+    if name in _ELEMENTWISE_TUPLES:
+        return Analysis([], [], views)
+    if name in _PRODUCTS:
+        use = _PRODUCTS[name](equation.params, views)
+        if isinstance(use, str):
+            return Analysis([], _ended(views, use), nothing)
+        return Analysis([use], [], nothing)
+    if name == "scan":
+        return _scan_views(equation, views)[1]
+    if name in _CALLS:
+        return analyse(_inner(equation)[0], views)
+    return Analysis([], _ended(views, name), nothing)
+
+
+def analyse(jaxpr: core.Jaxpr, views: Sequence[View | None]) -> Analysis:
+    """Follow views through a jaxpr.
+
+    Args:
+      jaxpr: the program.
+      views: for each of its inputs a view, or None for what is no parameter.
+
+    Returns:
+      The layers, the ends of other views, and the views among the outputs.
+    """
+    known = {var: view for var, view in zip(jaxpr.invars, views, strict=True) if view is not None}
+    uses: list[Use] = []
+    ends: list[tuple[str, str]] = []
+    for equation in jaxpr.eqns:
+        found = _analyse_equation(equation, _look_up(known, equation.invars))
+        uses += found.uses
+        ends += found.ends
+        known |= _present(equation.outvars, found.views)
+    return Analysis(uses, ends, _look_up(known, jaxpr.outvars))
+
+
+def _look_up(known: dict[Any, View], atoms: Sequence[Any]) -> Views:
+    return [None if isinstance(atom, core.Literal) else known.get(atom) for atom in atoms]
+
+
+def _present(variables: Sequence[Any], views: Views) -> dict[Any, View]:
+    pairs = zip(variables, views, strict=True)
+    return {variable: view for variable, view in pairs if view is not None}
+
+
+def _bind(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    bound = equation.primitive.get_bind_params(equation.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
+    with equation.ctx.manager:
+        out = equation.primitive.bind(*functions, *values, **params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+def _fold(record: Record) -> Record:
+    """Put the steps of a finished scan where they belong: a leading axis, or more rows."""
+    rows = record.rows
+    if not record.scans[-1]:
+        rows = jnp.moveaxis(rows, 0, -3)
+        *leading, steps, count, features = rows.shape
+        rows = rows.reshape(*leading, steps * count, features)
+    return Record(rows, record.use, record.scans[:-1])
+
+
+def _check_leading(extras: dict[str, Any], length: int) -> None:
+    for path, extra in extras.items():
+        for leaf in jax.tree.leaves(extra):
+            if jnp.shape(leaf)[:1] != (length,):
+                raise ValueError(
+                    f"extras[{path!r}] has shape {jnp.shape(leaf)}; a scan slices this parameter, "
+                    f"so the leading axis must have {length} entries."
+                )
+
+
+def _scan(
+    equation: core.JaxprEqn, values: list[Any], views: Views, visit: Visit, extras: dict[str, Any]
+) -> tuple[list[Any], list[Record]]:
+    params = equation.params
+    body, body_consts = _inner(equation)
+    inside, _ = _scan_views(equation, views)
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    sliced_extras = {
+        view.path: extras[view.path]
+        for view in views[last:]
+        if view is not None and view.path in extras
+    }
+    _check_leading(sliced_extras, params["length"])
+
+    def step(carry: list[Any], scanned: Any) -> tuple[list[Any], Any]:
+        slices, slices_of_extras = scanned
+        outs, records = evaluate(
+            body,
+            body_consts,
+            [*values[:first], *carry, *slices],
+            inside,
+            visit,
+            extras | slices_of_extras,
+        )
+        return outs[: last - first], (outs[last - first :], records)
+
+    carry, (collected, records) = jax.lax.scan(
+        step,
+        values[first:last],
+        (values[last:], sliced_extras),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return carry + collected, [_fold(record) for record in records]
+
+
+def _call(
+    equation: core.JaxprEqn, values: list[Any], views: Views, visit: Visit, extras: dict[str, Any]
+) -> tuple[list[Any], list[Record]]:
+    jaxpr, consts = _inner(equation)
+
+    def run(values: list[Any], extras: dict[str, Any]) -> tuple[list[Any], list[Record]]:
+        return evaluate(jaxpr, consts, values, views, visit, extras)
+
+    if equation.primitive.name in _REMAT:
+        params = equation.params
+        run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return run(values, extras)
+
+
+def _run_equation(
+    equation: core.JaxprEqn, values: list[Any], views: Views, visit: Visit, extras: dict[str, Any]
+) -> tuple[list[Any], list[Record], Views]:
+    found = _analyse_equation(equation, views)
+    name = equation.primitive.name
+    if not found.uses:
+        return _bind(equation, values), [], found.views
+    if name in _PRODUCTS:
+        side = found.uses[0].side
+        values[side], records = visit(found.uses[0], values[side], extras)
+        return _bind(equation, values), records, found.views
+    runner = _scan if name == "scan" else _call
+    outs, records = runner(equation, values, views, visit, extras)
+    return outs, records, found.views
+
+
+def evaluate(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    values: Sequence[Any],
+    views: Sequence[View | None],
+    visit: Visit,
+    extras: dict[str, Any],
+) -> tuple[list[Any], list[Record]]:
+    """Run a jaxpr and let `visit` see and replace the input of each layer.
+
+    Args:
+      jaxpr: the program.
+      consts: the values of its constants.
+      values: the values of its inputs.
+      views: for each input a view, or None for what is no parameter.
+      visit: `(use, input, extras) -> (input to go on with, records)`.
+      extras: by path what `visit` may want; sliced by a scan that slices the parameter.
+
+    Returns:
+      The outputs, and the records of all layers.
+    """
+    known = {var: view for var, view in zip(jaxpr.invars, views, strict=True) if view is not None}
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env |= zip(jaxpr.invars, values, strict=True)
+
+    def read(atoms: Sequence[Any]) -> list[Any]:
+        return [atom.val if isinstance(atom, core.Literal) else env[atom] for atom in atoms]
+
+    records: list[Record] = []
+    for equation in jaxpr.eqns:
+        outs, seen, out_views = _run_equation(
+            equation, read(equation.invars), _look_up(known, equation.invars), visit, extras
+        )
+        records += seen
+        env |= zip(equation.outvars, outs, strict=True)
+        known |= _present(equation.outvars, out_views)
+    return read(jaxpr.outvars), records

@@ -1,0 +1,197 @@
+"""Methods after training over whole trees of parameters, with a report of every leaf."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jopt._leaves import is_compressed
+from jopt._trees import Filter, flatten_with_paths, is_kernel, select
+from jopt.quant._grids import Leaf
+from jopt.quant._outcome import Outcome, to_rows
+from jopt.quant._params import _refuse_non_finite
+from jopt.quant._quantize import check_values, quantize
+from jopt.quant._spec import QuantSpec
+from jopt.quant._statistics import InputStatistics
+
+Method = Callable[[jax.Array, InputStatistics, QuantSpec], tuple[Leaf, Outcome]]
+Report = dict[str, Outcome | str]
+
+
+@functools.lru_cache(maxsize=256)
+def mapped(method: Method, spec: QuantSpec, depth: int) -> Callable[..., tuple[Leaf, Outcome]]:
+    """Return `method` with its spec, compiled once, mapped over `depth` leading axes.
+
+    Example:
+      >>> mapped(len, QuantSpec(), 0) is mapped(len, QuantSpec(), 0)
+      True
+    """
+
+    def function(weights: jax.Array, statistics: InputStatistics) -> tuple[Leaf, Outcome]:
+        return method(weights, statistics, spec)
+
+    for _ in range(depth):
+        function = jax.vmap(function)
+    return jax.jit(function)
+
+
+def stacked_axes(shape: tuple[int, ...], gram_shape: tuple[int, ...]) -> int:
+    """Return how many leading axes of a kernel count layers with statistics of their own.
+
+    Leading axes of the statistics that are not layers are groups. Where both readings fit, layers
+    come first.
+
+    Raises:
+      ValueError: the statistics fit the kernel in no way.
+
+    Example:
+      >>> stacked_axes((12, 64, 32), (12, 64, 64)), stacked_axes((3, 3, 1, 8), (8, 9, 9))
+      (1, 0)
+    """
+    leading, gram = gram_shape[:-2], gram_shape[-2:]
+    reason = f"statistics of shape {gram_shape} do not fit a kernel of shape {shape}."
+    for depth in range(len(leading), max(len(leading) - 2, -1), -1):
+        if leading[:depth] != shape[:depth]:
+            continue
+        try:
+            jax.eval_shape(
+                to_rows,
+                jax.ShapeDtypeStruct(shape[depth:], "float32"),
+                jax.ShapeDtypeStruct((*leading[depth:], *gram), "float32"),
+            )
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return depth
+    raise ValueError(reason)
+
+
+def quantize_leaf(
+    leaf: jax.Array, statistics: InputStatistics | None, spec: QuantSpec, method: Method
+) -> tuple[Leaf, Outcome | str]:
+    """Quantize one leaf by a method, or to nearest with the reason in words.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> quantize_leaf(jnp.ones((2, 2)), None, QuantSpec(), len)[1]
+      'rounded to nearest: no statistics'
+    """
+    if statistics is None:
+        return quantize(leaf, spec), "rounded to nearest: no statistics"
+    try:
+        depth = stacked_axes(leaf.shape, statistics.gram.shape)
+    except ValueError as error:
+        return quantize(leaf, spec), f"rounded to nearest: {error}"
+    return mapped(method, spec, depth)(leaf, statistics)
+
+
+def quantize_calibrated_params(
+    params: Any,
+    statistics: Mapping[str, InputStatistics],
+    spec: QuantSpec,
+    method: Method,
+    where: Filter = is_kernel,
+) -> tuple[Any, Report]:
+    """Replace the chosen leaves of a tree by what a method after training makes of them.
+
+    Leaves of equal shape are compiled once; layers stacked on leading axes, as a scan over layers
+    keeps them, are mapped over. A leaf without statistics, or whose statistics are not those of its
+    leading axes (an embedding that is used transposed), is rounded to nearest, and the report says
+    so.
+
+    Args:
+      params: a linen dict, an `nnx.State` or any other pytree; it is not changed.
+      statistics: by path, of the inputs of layers, as calibration gives them.
+      spec: bits, block, range and grid.
+      method: `(weights, statistics, spec) -> (leaf, Outcome)`: `gptq`, `awq`, `smooth_quant`,
+        `adaround`, or one with its own options. Define such a function once: each new one
+        compiles anew.
+      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default the
+        floating-point leaves of two or more axes.
+
+    Returns:
+      The tree with a compressed leaf at each chosen place, and a report: for each chosen path its
+      `Outcome` (with an axis for stacked layers), or the reason why it was rounded to nearest.
+
+    Raises:
+      ValueError: the filter matches nothing, a block does not divide a leaf, or a leaf holds NaN
+        or infinity (outside jit). The message names the leaf.
+      TypeError: a chosen leaf is compressed already or is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jopt import quant
+      >>> from jopt.quant._gptq import gptq
+      >>> params = {"dense": {"kernel": jnp.array([[0.4], [0.3]])}, "table": jnp.ones((3, 2))}
+      >>> rows = jnp.array([[1.0, 0.9], [0.5, 0.6]])
+      >>> statistics = quant.input_statistics.finalise(
+      ...     quant.input_statistics.update(quant.input_statistics.init(2), rows)
+      ... )
+      >>> small, report = quantize_calibrated_params(
+      ...     params, {"dense/kernel": statistics}, quant.QuantSpec(2), gptq
+      ... )
+      >>> sorted(report), report["table"]
+      (['dense/kernel', 'table'], 'rounded to nearest: no statistics')
+    """
+    _refuse_non_finite(params, where)
+    paths, leaves, treedef = flatten_with_paths(params)
+    chosen = jax.tree.leaves(select(params, where))
+    report: Report = {}
+    replaced = []
+    for path, leaf, take in zip(paths, leaves, chosen, strict=True):
+        if take:
+            leaf, report[path] = _named(path, leaf, statistics.get(path), spec, method)
+        replaced.append(leaf)
+    return jax.tree.unflatten(treedef, replaced), report
+
+
+def _named(
+    path: str, leaf: Any, statistics: InputStatistics | None, spec: QuantSpec, method: Method
+) -> tuple[Leaf, Outcome | str]:
+    """Quantize a leaf; errors name it."""
+    if is_compressed(leaf):
+        raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
+    try:
+        check_values(leaf, spec)
+        return quantize_leaf(leaf, statistics, spec, method)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _row(path: str, entry: Outcome | str) -> tuple[str, str, str, str]:
+    if isinstance(entry, str):
+        return path, "", "", entry
+    error, baseline = float(entry.error.sum()), float(entry.baseline.sum())
+    if not entry.improved.any():
+        return path, f"{error:.4g}", f"{baseline:.4g}", "rounded to nearest: not improved"
+    share = f"{error / baseline:.1%} of the error" if baseline > 0 else ""
+    if entry.improved.ndim:
+        share += f", {int(entry.improved.sum())} of {entry.improved.size} layers improved"
+    return path, f"{error:.4g}", f"{baseline:.4g}", share
+
+
+def format_report(report: Report) -> str:
+    """Write a report as a table: the output error of each leaf, and of round-to-nearest.
+
+    Args:
+      report: from `quantize_calibrated_params`.
+
+    Returns:
+      Text, a line for each leaf after a line of titles; stacked layers are summed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> outcome = Outcome(jnp.float32(1.0), jnp.float32(4.0), jnp.bool_(True))
+      >>> print(format_report({"a/kernel": outcome, "table": "rounded to nearest: no statistics"}))
+      leaf      error  to nearest  result
+      a/kernel      1           4  25.0% of the error
+      table                        rounded to nearest: no statistics
+    """
+    rows = [("leaf", "error", "to nearest", "result")]
+    rows += [_row(path, entry) for path, entry in report.items()]
+    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
+    return "\n".join(
+        f"{name:<{first}}  {error:>{second}}  {baseline:>{third}}  {result}".rstrip()
+        for name, error, baseline, result in rows
+    )

@@ -1,0 +1,222 @@
+"""GPTQ: round the inputs of a layer one after the other, each making up for those before it."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jopt._arrays import expand_blocks, materialize, working_dtype
+from jopt.quant._gptq_core import RoundRow, feedback_factor, round_with_feedback
+from jopt.quant._grids import Leaf, Levels
+from jopt.quant._outcome import Outcome, from_rows, keep_better, row_axes, to_rows
+from jopt.quant._quantize import check_values, encode, quantize
+from jopt.quant._spec import QuantSpec
+from jopt.quant._statistics import InputStatistics
+
+Order = Callable[[jax.Array], jax.Array]
+
+
+def by_importance(gram: jax.Array) -> jax.Array:
+    """Order the inputs by their mean square, the largest first, so that it is rounded best.
+
+    Args:
+      gram: `E[x x^T]`, `(features, features)`.
+
+    Returns:
+      The features' numbers in the order in which they are rounded.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> by_importance(jnp.diag(jnp.array([1.0, 3.0, 2.0])))
+      Array([1, 2, 0], dtype=int32)
+    """
+    return jnp.argsort(-jnp.diagonal(gram))
+
+
+def as_stored(gram: jax.Array) -> jax.Array:
+    """Keep the order of the kernel's rows, as the paper does.
+
+    Args:
+      gram: `(features, features)`.
+
+    Returns:
+      0, 1, ..., features - 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> as_stored(jnp.eye(3))
+      Array([0, 1, 2], dtype=int32)
+    """
+    return jnp.arange(gram.shape[0])
+
+
+def _block_of_row(counts: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
+    """Return which block each row lies in, rows and blocks numbered in the order of memory."""
+    indices = np.indices(sizes).reshape(len(sizes), math.prod(sizes))
+    blocks = [
+        index // (size // count) for index, size, count in zip(indices, sizes, counts, strict=True)
+    ]
+    return np.ravel_multi_index(blocks, counts) if counts else np.zeros(1, np.int64)
+
+
+def _field_by_row(
+    field: jax.Array, shape: tuple[int, ...], inputs: int
+) -> tuple[jax.Array, np.ndarray]:
+    """Return a field as (blocks of rows, outputs or 1, ...), and the block of each row."""
+    ndim = len(shape)
+    counts, outputs = field.shape[:inputs], field.shape[inputs:ndim]
+    extra = field.shape[ndim:]
+    if math.prod(outputs) > 1 and outputs != shape[inputs:]:
+        spread = (*counts, *shape[inputs:], *extra)
+        field = expand_blocks(field, spread)
+        outputs = shape[inputs:]
+    flat = field.reshape(math.prod(counts), math.prod(outputs), *extra)
+    return flat, _block_of_row(counts, shape[:inputs])
+
+
+def _levels_by_row(
+    levels: Levels, shape: tuple[int, ...], inputs: int, groups: int
+) -> tuple[Levels, Levels]:
+    """Return the levels with the groups leading, and for each field the block of each row."""
+    leaves, treedef = jax.tree.flatten(levels)
+    pairs = [_field_by_row(field, shape, inputs) for field in leaves]
+    columns = math.prod(shape[inputs:])
+
+    def grouped(field: jax.Array) -> jax.Array:
+        blocks, outputs, *extra = field.shape
+        if outputs == 1:
+            return jnp.broadcast_to(field[None], (groups, *field.shape))
+        return field.reshape(blocks, groups, columns // groups, *extra).swapaxes(0, 1)
+
+    fields = [grouped(field) for field, _ in pairs]
+    return jax.tree.unflatten(treedef, fields), [block for _, block in pairs]
+
+
+def _rounding(levels: Levels, blocks: list[jax.Array], spec: QuantSpec) -> RoundRow:
+    """Return the function that rounds a row to the levels of its blocks."""
+
+    def round_row(index: jax.Array, values: jax.Array) -> jax.Array:
+        fields, treedef = jax.tree.flatten(levels)
+        row = [
+            jax.lax.dynamic_slice_in_dim(field, block.at[index].get(mode="clip"), 1)
+            for field, block in zip(fields, blocks, strict=True)
+        ]
+        leaf = spec.grid.encode(values[None], jax.tree.unflatten(treedef, row), spec.bits)
+        return materialize(leaf)[0].astype(values.dtype)
+
+    return round_row
+
+
+def _round_rows(
+    rows: jax.Array,
+    gram: jax.Array,
+    levels: Levels,
+    blocks: list[np.ndarray],
+    damping: jax.Array,
+    spec: QuantSpec,
+    order: Order,
+) -> jax.Array:
+    """Round a matrix; the core takes the last row first, so the order is turned round."""
+    places = order(gram)[::-1]
+    factor = feedback_factor(gram[places][:, places], damping)
+    blocks_in_order = [jnp.asarray(block)[places] for block in blocks]
+    rounded = round_with_feedback(rows[places], factor, _rounding(levels, blocks_in_order, spec))
+    return jnp.zeros_like(rounded).at[places].set(rounded)
+
+
+@partial(jax.jit, static_argnames=("spec", "order"))
+def _gptq(
+    weights: jax.Array,
+    statistics: InputStatistics,
+    spec: QuantSpec,
+    damping: ArrayLike,
+    order: Order,
+) -> tuple[Leaf, Outcome]:
+    exact = working_dtype(weights.dtype)
+    gram = statistics.gram.astype(exact)
+    rows = to_rows(weights.astype(exact), gram)
+    nearest = quantize(weights, spec)
+    levels = _widened(nearest, weights.dtype, exact).replace(codes=None)
+    inputs = row_axes(weights.shape, gram.shape[-1])
+    groups = gram.shape[0] if gram.ndim == 3 else 1
+    by_row, blocks = _levels_by_row(levels, weights.shape, inputs, groups)
+    share = jnp.asarray(damping, exact)
+
+    def run(rows: jax.Array, gram: jax.Array, levels: Levels) -> jax.Array:
+        return _round_rows(rows, gram, levels, blocks, share, spec, order)
+
+    if gram.ndim == 3:
+        rounded = jax.vmap(run)(rows, gram, by_row)
+    else:
+        rounded = run(rows, gram, jax.tree.map(lambda field: field[0], by_row))
+    leaf = encode(from_rows(rounded, weights.shape), levels, spec)
+    leaf = jax.tree.map(lambda new, old: new.astype(old.dtype), leaf, nearest)
+    return keep_better(weights, leaf, nearest, statistics)
+
+
+def _widened(leaf: Leaf, narrow: Any, wide: Any) -> Leaf:
+    """Return a leaf whose scales and codebooks have the dtype in which rounding is done."""
+    return jax.tree.map(lambda field: field.astype(wide) if field.dtype == narrow else field, leaf)
+
+
+def gptq(
+    weights: ArrayLike,
+    statistics: InputStatistics,
+    spec: QuantSpec,
+    damping: ArrayLike = 0.01,
+    order: Order = by_importance,
+) -> tuple[Leaf, Outcome]:
+    """Quantize a kernel so that its layer's outputs change least on calibration data.
+
+    Minimise `sum over outputs of (w - q)^T gram (w - q)`, input by input: each is rounded to its
+    nearest level, and the error is made up for by the inputs not yet rounded, in the way that is
+    best if they were not rounded at all. The levels are those of `quantize`, chosen beforehand from
+    the weights, so any grid, range and block will do. The weights themselves end further from their
+    values than by rounding to nearest; the outputs end nearer. An input that was always zero is
+    rounded to nearest (the paper sets its weights to zero).
+
+    Args:
+      weights: floating-point kernel, its inputs on the leading axes and its outputs on the others:
+        `(inputs, outputs)`, `(height, width, inputs, outputs)`.
+      statistics: of the layer's inputs; `gram` is used, `(features, features)`, or with a leading
+        axis of groups where the last axis of the kernel is divided into groups.
+      spec: bits, block, range and grid.
+      damping: share of the mean of gram's diagonal that is added to it; more of it trusts the
+        calibration data less. Not negative.
+      order: function from gram to the order in which inputs are rounded: `by_importance` or
+        `as_stored`.
+
+    Returns:
+      The compressed leaf, of the class and dtypes of `quantize`'s, and its `Outcome`. Where the
+      output error is not lower than round-to-nearest's, round-to-nearest is returned.
+
+    Raises:
+      ValueError: the statistics do not fit the kernel, or `spec.block` does not divide it.
+      TypeError: the kernel is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jopt import quant
+      >>> from jopt.quant._gptq import gptq
+      >>> from jopt.quant._statistics import InputStatistics
+      >>> weights = jnp.array([[0.4, 1.0], [0.4, 0.0]])  # twins: their sum is what counts
+      >>> twins = InputStatistics(None, None, None, None, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
+      >>> leaf, outcome = gptq(weights, twins, quant.QuantSpec(2, ()))
+      >>> leaf.codes, outcome.improved
+      (Array([[0, 1],
+             [1, 0]], dtype=int2), Array(True, dtype=bool))
+
+    References:
+      Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for
+      Generative Pre-trained Transformers", 2023, https://arxiv.org/abs/2210.17323, equations 2
+      and 3 and algorithm 1. Chen et al., "The Geometry of LLM Quantization", 2025,
+      https://arxiv.org/abs/2507.18553.
+    """
+    array = jnp.asarray(weights)
+    check_values(array, spec)
+    return _gptq(array, statistics, spec, damping, order)

@@ -1,0 +1,262 @@
+"""The dynamic program of one-dimensional k-means, on bins, by sweeps of ever finer windows.
+
+The cells of an optimal codebook are intervals, so a codebook of k entries is k - 1 boundaries
+between bins. A sweep offers every boundary a window of positions and finds the best choice of all
+boundaries together by dynamic programming over the clusters. Coarse sweeps cut every present
+cluster into a few parts and let boundaries move past many clusters; the last sweeps move them by
+single bins. Each sweep starts from the boundaries of the one before, which are among its
+candidates, so the error never rises.
+
+References: H. Wang and M. Song, "Ckmeans.1d.dp: Optimal k-means Clustering in One Dimension by
+Dynamic Programming", 2011, https://doi.org/10.32614/RJ-2011-015, whose recurrence (equation 1) is
+solved here; the windows are jopt's own, so that a global optimum is usual but not proven.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jopt.quant._kmeans_bins import TINY, Bins, cumulate
+
+_ROW = 128
+_GROUP = 16
+_MOST_SWEEPS = 16
+_FINE_WINDOW = 256
+_ROUNDING = 1e-7
+
+
+class _Sums(NamedTuple):
+    """Running sums, each as an unevaluated sum of two floats, so that differences are exact."""
+
+    high: Array
+    low: Array
+
+    def between(self, lower: Array, upper: Array) -> Array:
+        """Return what lies between two positions."""
+        return (self.high[upper] - self.high[lower]) + (self.low[upper] - self.low[lower])
+
+
+class _Data(NamedTuple):
+    """Bins with means about their common mean, and running sums of mass and mass * mean."""
+
+    mass: Array
+    mean: Array
+    mass_sums: _Sums
+    moment_sums: _Sums
+
+
+class _Sweep(NamedTuple):
+    """One kind of sweep: parts of a cluster, parts that a cluster may have after it, window."""
+
+    cut: int
+    span: int
+    window: int
+
+
+def optimal_means(bins: Bins, clusters: int) -> Array:
+    """Return the means (clusters,) of an optimal partition of `bins`, in rising order.
+
+    Where there are no more bins than clusters, the means are those of the bins, exactly. A cluster
+    without a bin repeats its neighbour.
+    """
+    filled = jnp.arange(bins.mass.size) < bins.used
+    reach = jnp.max(jnp.where(filled, jnp.abs(bins.mean), 0.0))
+    # A power of two, so that scaling is exact; squares then neither overflow nor vanish.
+    scale = jnp.exp2(-jnp.floor(jnp.log2(jnp.clip(reach, TINY, 1e38))))
+    scaled = jnp.where(filled, bins.mean * scale, 0.0)
+    origin = jnp.sum(scaled * (bins.mass / jnp.maximum(jnp.sum(bins.mass), TINY)))
+    mean = jnp.where(filled, scaled - origin, 0.0)
+    data = _Data(bins.mass, mean, _running(bins.mass), _running(mean * bins.mass))
+    bounds = _optimize(data, _first_bounds(data, bins.used, clusters))
+    count = data.mass_sums.between(bounds[:-1], bounds[1:])
+    means = (origin + _centres(data, bounds)) / scale
+    first = bins.mean[jnp.minimum(bounds[:-1], bins.used - 1)]
+    means = jnp.where(bounds[1:] - bounds[:-1] == 1, first, means)
+    means = lax.cummax(jnp.where(count > 0, means, -jnp.inf))
+    means = jnp.where(means == -jnp.inf, bins.mean[0], means)
+    few = jnp.minimum(jnp.arange(clusters), bins.used - 1)
+    return jnp.where(bins.used <= clusters, bins.mean[few], jnp.sort(means))
+
+
+def _optimize(data: _Data, bounds: Array) -> Array:
+    """Sweep until nothing is gained, on three levels."""
+    clusters = bounds.size - 1
+    first = max(4, 128 // clusters)
+    levels = (
+        (_Sweep(first, max(64, min(first * clusters, 128)), 512), 0.03),
+        (_Sweep(32, 96, 256), 0.003),
+    )
+    for sweep, enough in levels:
+        bounds = _repeat(partial(_coarse_sweep, data, sweep), bounds, enough)
+    return _repeat(partial(_fine_sweep, data), bounds, 1e-6)
+
+
+def _repeat(sweep: Callable[[Array], tuple[Array, Array]], bounds: Array, enough: float) -> Array:
+    """Repeat a sweep, which returns new bounds and its relative gain, while it gains `enough`."""
+
+    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        return *sweep(state[0]), state[2] + 1
+
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        return (state[1] > enough) & (state[2] < _MOST_SWEEPS)
+
+    start = (bounds, jnp.array(jnp.inf, jnp.float32), jnp.int32(0))
+    return lax.while_loop(unfinished, step, start)[0]
+
+
+def _add(total: _Sums, part: Array) -> _Sums:
+    """Add without losing the rounding error (Knuth's two-sum)."""
+    high = total.high + part
+    back = high - total.high
+    return _Sums(high, total.low + ((total.high - (high - back)) + (part - back)))
+
+
+def _running(parts: Array) -> _Sums:
+    """Return the sums before each position, and after the last."""
+    rows = jnp.cumsum(parts.reshape(-1, _ROW), 1)
+    zero = _Sums(jnp.zeros((), parts.dtype), jnp.zeros((), parts.dtype))
+    whole, before = lax.scan(
+        lambda total, row: (_add(total, row), total), zero, rows[:, -1], unroll=8
+    )
+    inside = jnp.pad(rows[:, :-1], ((0, 0), (1, 0)))
+    sums = _add(jax.tree.map(lambda part: jnp.repeat(part[:, None], _ROW, 1), before), inside)
+    return jax.tree.map(lambda part, last: jnp.append(part.reshape(-1), last), sums, whole)
+
+
+def _first_bounds(data: _Data, used: Array, clusters: int) -> Array:
+    """Give each cluster the same integral of `density^(1/3)`, as the optimum of many would."""
+    filled = (jnp.arange(data.mass.size) < used).reshape(-1, _GROUP)
+    group = jnp.where(filled, data.mean.reshape(-1, _GROUP), data.mean[used - 1])
+    width, mass = group[:, -1] - group[:, 0], jnp.sum(data.mass.reshape(-1, _GROUP), 1)
+    members = jnp.maximum(jnp.sum(filled, 1), 1).astype(jnp.float32)
+    share = jnp.cbrt(jnp.square(width) * mass) / members
+    running = cumulate(jnp.where(filled, share[:, None], 0.0).reshape(-1))
+    wanted = running[-1] * (jnp.arange(1, clusters) / clusters)
+    inner = jnp.minimum(jnp.searchsorted(running, wanted).astype(jnp.int32), used)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, used[None]])
+
+
+def _centres(data: _Data, bounds: Array) -> Array:
+    count = data.mass_sums.between(bounds[:-1], bounds[1:])
+    return data.moment_sums.between(bounds[:-1], bounds[1:]) / jnp.maximum(count, TINY)
+
+
+def _error(data: _Data, bounds: Array) -> Array:
+    marks = jnp.zeros(data.mass.size + 1, jnp.int32).at[bounds[1:-1]].add(1)
+    nearest = _centres(data, bounds)[cumulate(marks[:-1])]
+    return jnp.sum(data.mass * jnp.square(data.mean - nearest))
+
+
+def _coarse_sweep(data: _Data, sweep: _Sweep, bounds: Array) -> tuple[Array, Array]:
+    """Find the best boundaries among marks that cut each cluster into `cut` parts.
+
+    The windows of neighbours overlap on one grid of marks, so that the error of every interval of
+    up to `span` parts is computed once, by adding parts one at a time: no cancellation.
+    """
+    cut, span, _ = sweep
+    clusters = bounds.size - 1
+    half = min(sweep.window, 2 * cut * clusters) // 2
+    window = 2 * half
+    start, width = bounds[:-1, None], (bounds[1:] - bounds[:-1])[:, None]
+    marks = (start + width * jnp.arange(cut, dtype=jnp.int32)[None, :] // cut).reshape(-1)
+    marks = jnp.append(marks, bounds[-1])
+    errors = _interval_errors(data, marks, span)
+    ends = jnp.arange(1, clusters + 1) * cut
+    before = jnp.sum(errors[cut].at[ends].get())
+    errors = jnp.pad(errors, ((0, 0), (half, half)), constant_values=jnp.inf)
+    # Mark v has the offset v - cut m + half in the window of boundary m.
+    offsets = jnp.arange(window)[None, :] - jnp.arange(span + 1)[:, None] + (span + cut)
+
+    def forward(best: Array, boundary: Array) -> tuple[Array, Array]:
+        padded = jnp.pad(best, (span, cut), constant_values=jnp.inf)
+        last = lax.dynamic_slice(errors, (0, boundary * cut), (span + 1, window))
+        return jnp.min(padded[offsets] + last, 0), padded
+
+    def backward(offset: Array, layer: tuple[Array, Array]) -> tuple[Array, Array]:
+        padded, boundary = layer
+        first = lax.dynamic_slice(padded, (offset + cut,), (span + 1,))[::-1]
+        last = lax.dynamic_slice(errors, (0, boundary * cut + offset), (span + 1, 1))[:, 0]
+        offset = offset + cut - jnp.argmin(first + last).astype(jnp.int32)
+        return offset, marks[(boundary - 1) * cut + offset - half]
+
+    nowhere = jnp.full(window, jnp.inf, jnp.float32).at[half].set(0.0)
+    layers = jnp.arange(1, clusters + 1, dtype=jnp.int32)
+    best, padded = lax.scan(forward, nowhere, layers)
+    _, chosen = lax.scan(backward, jnp.int32(half), (padded, layers), reverse=True)
+    gain = (before - best[half]) / jnp.maximum(before, TINY)
+    return jnp.append(chosen, bounds[-1]), gain
+
+
+def _interval_errors(data: _Data, marks: Array, span: int) -> Array:
+    """Return (span + 1, marks) errors: of one cluster of the `l` parts before mark `v`."""
+    count = data.mass_sums.between(marks[:-1], marks[1:])
+    means = data.moment_sums.between(marks[:-1], marks[1:]) / jnp.maximum(count, TINY)
+    count, means = jnp.pad(count, (span, 0)), jnp.pad(means, (span, 0))
+    inside = jnp.arange(marks.size)
+
+    def widen(state: tuple[Array, Array, Array], length: Array) -> tuple[Any, Array]:
+        mass, centre, error = state
+        more = lax.dynamic_slice(count, (span - length,), marks.shape)
+        part = more / jnp.maximum(mass + more, TINY)
+        gap = lax.dynamic_slice(means, (span - length,), marks.shape) - centre
+        error = error + gap * gap * mass * part
+        return (mass + more, centre + gap * part, error), jnp.where(
+            length <= inside, error, jnp.inf
+        )
+
+    zero = jnp.zeros(marks.size, jnp.float32)
+    _, errors = lax.scan(widen, (zero, zero, zero), jnp.arange(1, span + 1))
+    return jnp.concatenate([zero[None], errors])
+
+
+def _fine_sweep(data: _Data, bounds: Array) -> tuple[Array, Array]:
+    """Find the best boundaries within 128 bins of the present ones, bin by bin.
+
+    With any reference r_m for cluster m, the error of a partition is
+    `sum_m sum_x (x - r_m)^2 - sum_m N_m (mean_m - r_m)^2`. With the present means as references,
+    the first term changes only by what crosses a boundary: numbers as small as the change itself.
+    """
+    clusters = bounds.size - 1
+    centre = _centres(data, bounds)
+    count = data.mass_sums.between(bounds[:-1], bounds[1:])
+    here = jnp.arange(_FINE_WINDOW, dtype=jnp.int32)[None, :] - _FINE_WINDOW // 2
+    places = jnp.clip(bounds[:, None] + here, 0, bounds[-1]).at[0].set(0).at[-1].set(bounds[-1])
+    moved = data.mass_sums.between(bounds[:, None], places)
+    moment = data.moment_sums.between(bounds[:, None], places)
+    # Moments of what crosses a boundary, about the mean to its right and about that to its left.
+    right = moment[:-1] - centre[:, None] * moved[:-1]
+    left = moment[1:] - centre[:, None] * moved[1:]
+    swap = (centre[1:] - centre[:-1])[:, None] * (left[:-1] + right[1:])
+    error = _error(data, bounds)
+    # Moves over a wide gap are for the coarse sweeps: here their rounding would hide the gain.
+    noise = jnp.square(jnp.maximum(jnp.abs(left[:-1]), jnp.abs(right[1:]))) * _ROUNDING
+    swap = jnp.where(noise > jnp.abs(moved[1:-1]) * (0.01 * error / clusters), jnp.inf, swap)
+    swap = jnp.concatenate([swap, jnp.zeros((1, _FINE_WINDOW), jnp.float32)])
+    layers = (places[:-1], places[1:], moved[:-1], moved[1:], right, left, count)
+
+    def gain(layer: tuple[Array, ...], end: Any) -> Array:
+        place, next_place, leaving, entering, right, left, mass = layer
+        inside = mass + entering[end] - leaving[:, None]
+        value = jnp.square(left[end] - right[:, None]) / jnp.maximum(inside, TINY)
+        value = jnp.where(inside > 0, value, 0.0)
+        return jnp.where(next_place[end] >= place[:, None], value, -jnp.inf)
+
+    def forward(best: Array, layer: Any) -> tuple[Array, Array]:
+        return jnp.min(best[:, None] - gain(layer[0], slice(None)), 0) + layer[1], best
+
+    def backward(end: Array, layer: Any) -> tuple[Array, Array]:
+        values = layer[1] - gain(layer[0], end[None])[:, 0]
+        end = jnp.argmin(values).astype(jnp.int32)
+        return end, layer[0][0][end]
+
+    _, best = lax.scan(forward, jnp.zeros(_FINE_WINDOW, jnp.float32), (layers, swap))
+    stay = jnp.int32(_FINE_WINDOW // 2)
+    _, chosen = lax.scan(backward, stay, (layers, best), reverse=True)
+    chosen = jnp.append(chosen, bounds[-1])
+    now = _error(data, chosen)
+    gained = (error - now) / jnp.maximum(error, TINY)
+    return jnp.where(now < error, chosen, bounds), gained
