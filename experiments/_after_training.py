@@ -56,9 +56,7 @@ class Row:
 
 def calibrated(params: Tree, images: Array) -> Network:
     """Gather the statistics of a folded network's inputs over uint8 images."""
-    batches = [
-        images[at : at + 128].astype("float32") / 255 for at in range(0, len(images), 128)
-    ]
+    batches = [images[at : at + 128].astype("float32") / 255 for at in range(0, len(images), 128)]
     statistics = quant.calibrate(_cnn.traced_logits, params, batches)
     return Network(params, statistics, _cnn.layer_ranges(params, images))
 

@@ -71,9 +71,7 @@ def traced_logits(params: Tree, images: Array) -> Array:
     return traced.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
 
 
-def estimate(
-    params: Tree, change: _models.ChangeInputs, images: Array, batch: int = 512
-) -> Tree:
+def estimate(params: Tree, change: _models.ChangeInputs, images: Array, batch: int = 512) -> Tree:
     """Return the running averages that a network with these kernels and inputs has."""
 
     def update(params: Tree, averages: Tree, images: Array) -> Tree:

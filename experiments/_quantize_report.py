@@ -56,8 +56,7 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
     lost("binary weights through training", _best(rows, "through", "binary", 0), 0.015)
     for bits in (3, 2):
         plain = [
-            _named(rows, "straight-through", str(bits), inputs)["mean_test"]
-            for inputs in (0, bits)
+            _named(rows, "straight-through", str(bits), inputs)["mean_test"] for inputs in (0, bits)
         ]
         add(
             f"LSQ, W{bits}: accuracy above straight-through",

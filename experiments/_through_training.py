@@ -51,7 +51,7 @@ class Recipe:
     export: Callable[[Tree], Tree]
     levels: Callable[[Tree], Tree]
     penalty: Callable[[Tree], Array] = lambda tree: jnp.zeros(())
-    epochs: int = 4
+    epochs: int = 3
     rate: float = 1e-3
 
     @property
@@ -94,7 +94,7 @@ def trains(
 
 
 def straight_through(
-    method: str, format: str, spec: quant.QuantSpec, epochs: int = 4, rate: float = 1e-3
+    method: str, format: str, spec: quant.QuantSpec, epochs: int = 3, rate: float = 1e-3
 ) -> Recipe:
     """Train kernels through the rounding to any spec, inputs in floats."""
     return Recipe(
@@ -111,7 +111,7 @@ def straight_through(
     )
 
 
-def learned_steps(method: str, bits: int, init: Callable, epochs: int = 4) -> Recipe:
+def learned_steps(method: str, bits: int, init: Callable, epochs: int = 3) -> Recipe:
     """Train kernels and the steps of their levels (LSQ), inputs in floats."""
     spec = quant.QuantSpec(bits)
     return Recipe(
@@ -210,7 +210,7 @@ def _levels_of(tree: Tree, bits: int) -> Tree:
     }
 
 
-def everything(bits: int, epochs: int = 5) -> list[Recipe]:
+def everything(bits: int, epochs: int = 3) -> list[Recipe]:
     """Return the methods that quantize kernels and inputs of the inner layers to `bits`."""
     spec = quant.QuantSpec(bits)
     whole = quant.QuantSpec(bits, ())
@@ -314,7 +314,7 @@ def everything(bits: int, epochs: int = 5) -> list[Recipe]:
 # --- Codebooks, ternary, binary -------------------------------------------------------------------
 
 
-def shared_weights(bits: int, epochs: int = 4) -> Recipe:
+def shared_weights(bits: int, epochs: int = 2) -> Recipe:
     """Fine-tune the centroids of k-means, whose codes stay (Deep Compression)."""
     spec = quant.QuantSpec(bits, (), grid=quant.kmeans)
 
@@ -348,7 +348,7 @@ def _inner(params: Tree) -> Tree:
     return {layer: params[layer]["kernel"] for layer in ("conv2", "conv3", "dense1")}
 
 
-def trained_ternary(epochs: int = 6) -> Recipe:
+def trained_ternary(epochs: int = 4) -> Recipe:
     """Train kernels with two learned levels beside zero (TTQ)."""
     return Recipe(
         "TTQ",
@@ -363,7 +363,7 @@ def trained_ternary(epochs: int = 6) -> Recipe:
     )
 
 
-def binary_weights(epochs: int = 8) -> Recipe:
+def binary_weights(epochs: int = 5) -> Recipe:
     """Train kernels of one bit, the weights of XNOR-Net."""
     return Recipe(
         "XNOR-Net weights",
@@ -382,16 +382,16 @@ def recipes() -> list[Recipe]:
     """Return every recipe of the table."""
     found = []
     for bits in (8, 6, 4, 3, 2):
-        epochs = 2 if bits > 4 else 4
+        epochs = 1 if bits > 4 else 3
         spec = quant.QuantSpec(bits)
         found.append(straight_through("straight-through", str(bits), spec, epochs))
         found.append(learned_steps("LSQ", bits, quant.lsq_init_mse, epochs))
     log = quant.QuantSpec(4, grid=quant.logarithmic(2.0))
     ternary = quant.QuantSpec(2, grid=quant.ternary)
     found += [
-        straight_through("straight-through", "log-4", log),
+        straight_through("straight-through", "log-4", log, 2),
         shared_weights(4),
-        straight_through("TWN", "ternary", ternary, 6),
+        straight_through("TWN", "ternary", ternary, 4),
         trained_ternary(),
         binary_weights(),
     ]

@@ -135,9 +135,7 @@ def int8_rows(smoke: bool) -> dict[str, Any]:
         "jopt": lambda: run(params),
         "XLA copy of the floats": lambda: copy(params),
     }
-    rows = interleaved(
-        sides | _torch_sides(kernels) | _torchao_sides(kernels), 3 if smoke else 9
-    )
+    rows = interleaved(sides | _torch_sides(kernels) | _torchao_sides(kernels), 3 if smoke else 9)
     ours = rows["jopt"]["median_s"]
     return {
         "parameters": sum(kernel.size for kernel in kernels),

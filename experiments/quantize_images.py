@@ -54,9 +54,9 @@ class Settings:
     dataset: str = "fashion_mnist"
     seeds: tuple[int, ...] = (0, 1, 2)
     batch: int = 128
-    epochs: int = 20
-    rate: float = 2e-3
-    weight_decay: float = 5e-4
+    epochs: int = 12
+    rate: float = 3e-3
+    weight_decay: float = 2e-2
     max_shift: int = 1
     tuning_shift: int = 1
     trial: bool = False
@@ -80,7 +80,8 @@ def _decayed(tree: Tree) -> Tree:
 
 
 def _optimizer(rate: float, steps: int, decay: float) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(100, steps // 2), steps, rate / 50)
+    warm = min(300, steps // 4)
+    schedule = optax.warmup_cosine_decay_schedule(rate / 20, rate, warm, steps, rate / 100)
     return optax.adamw(schedule, weight_decay=decay, mask=_decayed)
 
 
@@ -108,7 +109,14 @@ class Run:
         self.recipe_steps = {each.name: self._recipe_step(each) for each in self.recipes}
 
     def fit(
-        self, step: _train.Step, tx: Any, tree: Tree, fixed: Tree, epochs: int, key: Array, file: str
+        self,
+        step: _train.Step,
+        tx: Any,
+        tree: Tree,
+        fixed: Tree,
+        epochs: int,
+        key: Array,
+        file: str,
     ) -> tuple[Tree, float]:
         """Train for some epochs, or read what was trained before; returns tree and seconds."""
         path = self.work / f"{file}.ckpt"
@@ -199,10 +207,7 @@ def measure(run: Run, seed: int, folder: Path) -> list[dict[str, Any]]:
     made: list[tuple[str, Any, Any]] = [
         ("float", None, lambda: {"params": network.params, "inputs": {}})
     ]
-    made += [
-        ("after", row, lambda row=row: _after_training.make(row, network))
-        for row in run.rows
-    ]
+    made += [("after", row, lambda row=row: _after_training.make(row, network)) for row in run.rows]
     made += [
         ("through", recipe, lambda each=recipe: run.trained(each, seed, params, network.ranges))
         for recipe in run.recipes

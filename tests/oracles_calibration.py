@@ -8,9 +8,8 @@ import numpy as np
 def rank_magnitude(x, percent):
     """Return the smallest magnitude that at least `percent` of all magnitudes do not exceed."""
     ordered = np.sort(np.abs(np.asarray(x, np.float64)).ravel())
-    for value in ordered:
-        if 1000 * np.count_nonzero(ordered <= value) >= round(10 * percent) * ordered.size:
-            return value
+    held = np.array([np.count_nonzero(ordered <= value) for value in ordered])
+    return ordered[1000 * held >= round(10 * percent) * ordered.size].min()
 
 
 def symmetric(x, threshold, bits):

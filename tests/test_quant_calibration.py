@@ -103,8 +103,10 @@ def test_mse_is_the_best_of_all_its_thresholds(bits):
         assert best < oracles.squared_error(weights, tried[0], bits)
 
 
-@pytest.mark.parametrize("block", [(), (1,), (8, 1)])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("symmetric", ()), ("symmetric", (8, 1)), ("affine", (1,)), ("affine_zero", (8, 1))],
+)
 def test_mse_is_never_worse_than_the_whole_range(name, block):
     values = jnp.asarray(heavy_tails(7, 64, 6)) + jnp.array([0, 0, 0, 4, -4, 0.0])[None, :]
     spec = QuantSpec(4, block, mse, GRIDS[name])
@@ -152,16 +154,15 @@ def test_ranges_are_the_same_jitted_mapped_and_in_strict_dtypes(name):
     values = jnp.asarray(heavy_tails(1, 3, 50, 4))
     with jax.numpy_dtype_promotion("strict"):
         mapped = jax.vmap(lambda v: jopt.materialize(quant.quantize(v, spec)))(values)
-        alone = [jopt.materialize(quant.quantize(v, spec)) for v in values]
-        narrow = quant.quantize(values[0].astype(jnp.bfloat16), spec)
-    chex.assert_trees_all_close(mapped, jnp.stack(alone), rtol=1e-6)
+        alone = jopt.materialize(quant.quantize(values[1], spec))
+        narrow = jax.eval_shape(lambda v: quant.quantize(v, spec), values[0].astype(jnp.bfloat16))
+    chex.assert_trees_all_close(mapped[1], alone, rtol=1e-6)
     assert narrow.scale.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("name", RANGES)
-@pytest.mark.parametrize("value", [0.0, 2.5, -3e-30, 1e30])
-def test_constant_blocks_keep_their_value(name, value):
-    values = jnp.full((6, 1), value)
+def test_constant_blocks_keep_their_value(name):
+    values = jnp.tile(jnp.array([[0.0, 2.5, -3e-30, 1e30]]), (6, 1))
     restored = quant.fake_quantize(values, QuantSpec(4, (1,), RANGES[name]))
     np.testing.assert_allclose(restored, values, rtol=1e-6)
 
@@ -255,11 +256,10 @@ STATISTICS = {
     "moving_average": moving_average(0.9),
     "histogram": histogram(64),
     "usage": usage(64),
-    "per_feature": per_feature(extremes),
-    "per_feature_histogram": per_feature(histogram(16)),
+    "per_feature": per_feature(histogram(16)),
     "together": together(extremes, input_statistics),
 }
-EXACT = ["extremes", "histogram", "per_feature", "per_feature_histogram"]
+EXACT = ["extremes", "histogram", "per_feature"]
 
 
 @pytest.mark.parametrize("name", STATISTICS)
@@ -390,7 +390,7 @@ def test_the_percentile_of_a_histogram_holds_the_share_to_within_a_bin(percent):
     figures = figures_of(values)
     high = float(histogram_range(figures, percentile_range(percent), QuantSpec())[1])
     width = 2.0 ** int(figures.exponent)
-    exact = oracles.rank_magnitude(values[:20000], percent)
+    exact = np.sort(np.abs(values))[int(np.ceil(values.size * percent / 100)) - 1]
     assert exact <= high <= exact + width
 
 
@@ -490,13 +490,13 @@ def stacked():
 
 def test_calibration_sees_the_inputs_of_every_layer(network, images):
     apply, params = network
-    batches = [images, 2 * images, images[:1]]
+    batches = [images, 2 * images]
     figures = calibrate(apply, params, batches)
     assert sorted(figures) == ["conv/kernel", "head/kernel", "hidden/kernel"]
     assert {path: int(each.count) for path, each in figures.items()} == {
-        "conv/kernel": 80,
-        "hidden/kernel": 5,
-        "head/kernel": 5,
+        "conv/kernel": 64,
+        "hidden/kernel": 4,
+        "head/kernel": 4,
     }
     centre = np.concatenate([np.asarray(batch, np.float64).ravel() for batch in batches])
     assert float(figures["conv/kernel"].mean[4]) == pytest.approx(centre.mean(), abs=1e-6)
@@ -515,7 +515,7 @@ def test_shards_of_calibration_merge(name, stacked):
     chex.assert_trees_all_close(merged, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_batches_are_arguments_tuples_or_a_generator():
+def test_batches_are_arguments_tuples_or_a_generator_of_any_sizes():
     def apply(params, x, factor):
         return (factor * x) @ params["w"]
 
@@ -523,8 +523,8 @@ def test_batches_are_arguments_tuples_or_a_generator():
     rows = jnp.array([[1.0, 2.0]])
     figures = calibrate(apply, params, ((rows, factor) for factor in (1.0, 3.0)), extremes)
     assert float(figures["w"].high) == 6
-    single = calibrate(dense, params, iter([rows]), extremes)
-    assert float(single["w"].high) == 2
+    single = calibrate(dense, params, iter([rows, jnp.ones((3, 2))]), usage(16))
+    assert float(single["w"].values.high) == 2 and float(single["w"].rows) == 4
 
 
 def test_one_compilation_serves_all_batches_of_a_shape():
@@ -553,8 +553,6 @@ def test_each_layer_of_a_scan_has_figures_and_a_range_of_its_own(stacked):
     np.testing.assert_allclose(ranges["layers/kernel"][1], expected, rtol=1e-5)
     whole = quantize_inputs(apply, AFFINE_ZERO)(params, ranges, x)
     np.testing.assert_allclose(whole, apply(params, x), atol=0.05)
-    coarse = quantize_inputs(apply, QuantSpec(2, ()))(params, ranges, x)
-    assert float(jnp.abs(coarse - apply(params, x)).max()) > 0.05
     judged = activation_adequacy(apply, params, [x], ranges, AFFINE_ZERO)
     assert judged["layers/kernel"].saturation.shape == (3,)
     assert "layers/kernel" in format_adequacy(judged)
@@ -566,7 +564,7 @@ def test_groups_of_a_convolution_share_a_range_and_have_statistics_of_their_own(
     params = model.init(jax.random.key(0), x)["params"]
 
     def apply(params, x):
-        return model.apply({"params": params}, x)
+        return jnp.asarray(model.apply({"params": params}, x))
 
     assert calibrate(apply, params, [x], extremes)["kernel"].high.tolist() == [1, 5]
     ranges = activation_ranges(apply, params, [x], AFFINE_ZERO, method=minmax_range)
@@ -596,10 +594,12 @@ def test_calibration_says_what_is_missing():
         merge_states(extremes, {"a": extremes.init(1)}, {"b": extremes.init(1)})
 
 
-@pytest.mark.parametrize("batch", [jnp.zeros((3, 2)), jnp.full((3, 2), 7.0), jnp.ones((1, 2))])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_constant_and_single_rows_are_calibrated_and_restored(batch, dtype):
-    params, batch = {"w": jnp.eye(2, dtype=dtype)}, batch.astype(dtype)
+@pytest.mark.parametrize(
+    ("shape", "value", "dtype"),
+    [((3, 2), 0, "float32"), ((3, 2), 7, "bfloat16"), ((1, 2), 1, "float32")],
+)
+def test_constant_and_single_rows_are_calibrated_and_restored(shape, value, dtype):
+    params, batch = {"w": jnp.eye(2, dtype=dtype)}, jnp.full(shape, value, dtype)
     ranges = activation_ranges(dense, params, [batch], AFFINE_ZERO)
     restored = quantize_inputs(dense, AFFINE_ZERO)(params, ranges, batch)
     assert restored.dtype == dtype
@@ -719,18 +719,20 @@ def test_advice_names_the_numbers_and_the_remedy():
     assert "4 of 8 features are always 0" in " ".join(advice(judged_of(dead, -1.0, 1.0)))
 
 
-def test_adequacy_of_held_out_data_shows_what_calibration_missed(network, images):
-    apply, params = network
-    ranges = activation_ranges(apply, params, [images], AFFINE_ZERO, method=minmax_range)
-    seen = activation_adequacy(apply, params, [images], ranges, AFFINE_ZERO)
-    held_out = activation_adequacy(apply, params, [3 * images, images], ranges, AFFINE_ZERO)
-    assert float(seen["conv/kernel"].saturation) == 0 < float(held_out["conv/kernel"].saturation)
+def test_adequacy_of_held_out_data_shows_what_calibration_missed():
+    params, rows = {"w": jnp.ones((2, 2)), "v": jnp.ones((2, 2))}, jnp.asarray(heavy_tails(0, 9, 2))
+
+    def apply(params, x):
+        return dense(params, x) @ params["v"]
+
+    ranges = activation_ranges(apply, params, [rows], AFFINE_ZERO, method=minmax_range)
+    seen = activation_adequacy(apply, params, [rows], ranges, AFFINE_ZERO)
+    held_out = activation_adequacy(apply, params, [3 * rows, rows], ranges, AFFINE_ZERO)
+    assert float(seen["w"].saturation) == 0 < float(held_out["w"].saturation)
     report = format_adequacy(held_out)
-    assert "head/kernel: " in report and report.count("\n") > len(ranges)
+    assert "v: " in report and "w: " in report and "layer" in report.splitlines()[0]
     with pytest.raises(ValueError, match="not layers"):
-        activation_adequacy(
-            apply, params, [images], {"nothing": ranges["conv/kernel"]}, AFFINE_ZERO
-        )
+        activation_adequacy(apply, params, [rows], {"nothing": ranges["w"]}, AFFINE_ZERO)
     with pytest.raises(TypeError, match="must be a Usage"):
         adequacy(1, jnp.zeros(()), jnp.ones(()), AFFINE_ZERO)  # pyright: ignore[reportArgumentType]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jopt._arrays import materialize
 from jopt._layers import Layer, map_inputs
@@ -44,7 +45,7 @@ def _within(values: jax.Array, low: jax.Array, high: jax.Array, spec: QuantSpec)
 
 
 def fake_quantize_within(
-    values: jax.Array, low: jax.Array, high: jax.Array, spec: QuantSpec
+    values: ArrayLike, low: ArrayLike, high: ArrayLike, spec: QuantSpec
 ) -> jax.Array:
     """Round an array to what its codes in a given range restore, with a straight-through gradient.
 

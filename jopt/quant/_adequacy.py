@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jopt.quant._calibrate import Apply, accumulate, finalise_states, scans_only
 from jopt.quant._histogram import Histogram, bin_centres, bin_width, histogram
@@ -165,14 +166,15 @@ def _codes_used(values: Histogram, low: jax.Array, high: jax.Array, spec: QuantS
     share = jnp.linspace(0.0, 1.0, 4 * bins, dtype=jnp.float32)
     sweep = restored_points(low + (high - low) * share, low, high, spec)
     there = 1 + jnp.sum(sweep[1:] != sweep[:-1])
+    half = values.counts.shape[0] // 2
     centres = jnp.clip(bin_centres(values), values.low, values.high)
-    points = jnp.concatenate([jnp.where(values.counts > 0, centres, 0.0), jnp.zeros(1)])
-    seen = jnp.concatenate([values.counts > 0, (values.zeros > 0)[None]])
-    restored = restored_points(points, low, high, spec)
-    # Equal levels come together when sorted; what was not seen goes to the end.
-    levels = jnp.sort(jnp.where(seen, restored, jnp.inf))
-    new = jnp.concatenate([jnp.ones(1, bool), levels[1:] != levels[:-1]])
-    taken = jnp.sum(new & jnp.isfinite(levels))
+    points = jnp.insert(centres, half, 0.0)  # zeros are counted apart
+    seen = jnp.insert(values.counts > 0, half, values.zeros > 0)
+    restored = jnp.where(seen, restored_points(points, low, high, spec), -jnp.inf)
+    # Points ascend, and so do their levels: one above all before it is new.
+    highest = jax.lax.cummax(restored)
+    before = jnp.concatenate([jnp.full(1, -jnp.inf), highest[:-1]])
+    taken = jnp.sum(seen & (restored > before))
     return taken.astype(jnp.float32) / there.astype(jnp.float32)
 
 
@@ -188,25 +190,27 @@ def _stability(widths: Widths) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnames=("spec", "axes"))
-def _adequacy(figures: Usage, low: jax.Array, high: jax.Array, spec: QuantSpec, axes: int) -> Any:
-    def one(figures: Usage, low: jax.Array, high: jax.Array) -> Adequacy:
-        low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-        return Adequacy(
-            figures.rows,
-            jnp.full((), figures.active.shape[-1], jnp.float32),
-            _saturation(figures.values, low, high),
-            jnp.mean(figures.active.astype(jnp.float32)),
-            _codes_used(figures.values, low, high, spec),
-            *_stability(figures.widths),
-        )
+def _judge(
+    values: Histogram,
+    widths: Widths,
+    low: jax.Array,
+    high: jax.Array,
+    spec: QuantSpec,
+    axes: int,
+) -> tuple[jax.Array, ...]:
+    """Return saturation, codes, spread and drift; one compilation serves any number of features."""
+
+    def one(values: Histogram, widths: Widths, low: jax.Array, high: jax.Array) -> Any:
+        outside = _saturation(values, low, high)
+        return outside, _codes_used(values, low, high, spec), *_stability(widths)
 
     function = one
     for _ in range(axes):
         function = jax.vmap(function)
-    return function(figures, low, high)
+    return function(values, widths, low, high)
 
 
-def adequacy(figures: Usage, low: jax.Array, high: jax.Array, spec: QuantSpec) -> Adequacy:
+def adequacy(figures: Usage, low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> Adequacy:
     """Judge a range by what calibration data show of a layer's inputs.
 
     `saturation = #{x < low or x > high} / #x`, from below: a bin of the histogram that an end of
@@ -241,8 +245,13 @@ def adequacy(figures: Usage, low: jax.Array, high: jax.Array, spec: QuantSpec) -
             f"figures must be a Usage, gathered with statistic=usage(), not {figures!r}."
         )
     shape = figures.rows.shape
-    ends = (jnp.broadcast_to(end, shape) for end in (jnp.asarray(low), jnp.asarray(high)))
-    return _adequacy(figures, *ends, spec, len(shape))
+    low, high = (jnp.broadcast_to(jnp.asarray(end, jnp.float32), shape) for end in (low, high))
+    outside, codes, spread, drift = _judge(
+        figures.values, figures.widths, low, high, spec, len(shape)
+    )
+    active = jnp.mean(figures.active, axis=-1, dtype=jnp.float32)
+    features = jnp.full(shape, figures.active.shape[-1], jnp.float32)
+    return Adequacy(figures.rows, features, outside, active, codes, spread, drift)
 
 
 def activation_adequacy(

@@ -137,12 +137,14 @@ def pack_ternary(values: ArrayLike, axis: int = -2) -> TernaryBits:
 
 
 def _words(bits: jax.Array) -> jax.Array:
-    """Join the bytes of the last axis to groups of words of 32 bits, zeros at the end."""
-    words = -(-bits.shape[-1] // 4)
+    """Join the bytes of the first axis to groups of words of 32 bits, zeros at the end."""
+    words = -(-bits.shape[0] // 4)
     groups = max(1, -(-words // _WORDS_AT_ONCE))
     size = -(-words // groups)
-    whole = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, 4 * groups * size - bits.shape[-1])])
-    return lax.bitcast_convert_type(whole.reshape(*bits.shape[:-1], groups, size, 4), jnp.uint32)
+    whole = jnp.pad(bits, ((0, 4 * groups * size - bits.shape[0]), (0, 0)))
+    parts = whole.reshape(groups, size, 4, bits.shape[1]).astype(jnp.uint32)
+    first, second, third, fourth = (parts[:, :, at] << (8 * at) for at in range(4))
+    return first | second | third | fourth
 
 
 def _count(words: jax.Array) -> jax.Array:
@@ -154,8 +156,8 @@ def _sums(score: Callable[[Any, Any], jax.Array], inputs: Any, kernel: Any) -> j
 
     Loops over rows and over groups of words keep what is not yet added up small.
     """
-    left = jax.tree.map(_words, inputs)  # (rows, groups, words)
-    right = jax.tree.map(lambda bits: jnp.moveaxis(_words(bits.T), 0, -1), kernel)
+    left = jax.tree.map(lambda bits: jnp.moveaxis(_words(bits.T), -1, 0), inputs)
+    right = jax.tree.map(_words, kernel)  # (groups, words, columns)
     columns = jax.tree.leaves(kernel)[0].shape[-1]
 
     def one(row: Any) -> jax.Array:

@@ -93,30 +93,6 @@ def check_per_block(name: str, array: jax.Array, values: jax.Array, spec: QuantS
         raise TypeError(f"{name} must be floating-point, not {array.dtype}.")
 
 
-def compact_blocks(values: jax.Array, spec: QuantSpec) -> tuple[jax.Array, tuple[int, ...]]:
-    """Split the axes that blocks divide, and return the axes within a block.
-
-    Unlike `split_blocks` it adds no axes of size one: with one innermost, XLA's sums over a block
-    are ten times slower on CPU. What is reduced has `block_counts` elements in their order.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> blocks, axes = compact_blocks(jnp.ones((128, 32)), QuantSpec(block=(64, 1)))
-      >>> blocks.shape, axes
-      ((2, 64, 32), (1,))
-    """
-    dims: list[int] = []
-    axes: list[int] = []
-    for count, n in zip(block_counts(values.shape, spec), values.shape, strict=True):
-        size = n // count
-        if count > 1 or size == 1:
-            dims.append(count)
-        if size > 1:
-            axes.append(len(dims))
-            dims.append(size)
-    return values.reshape(dims), tuple(axes)
-
-
 @jax.custom_jvp
 def magnitude(step: jax.Array) -> jax.Array:
     """Return `|step|`, at least the smallest normal float, with a gradient that is never zero."""

@@ -15,10 +15,10 @@ from jax.typing import ArrayLike
 from jopt._arrays import materialize, working_dtype
 from jopt._leaves import QTensor
 from jopt._trees import Filter, is_kernel, map_selected
-from jopt.quant._code_ranges import block_counts, compact_blocks
+from jopt.quant._code_ranges import block_counts
 from jopt.quant._grids import code_dtype
 from jopt.quant._params import _leaf_with_path, _refuse_non_finite
-from jopt.quant._quantize import check_values
+from jopt.quant._quantize import check_values, compact_blocks
 from jopt.quant._spec import QuantSpec
 
 # --- weights --------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def entropy(bits: int = 8, bins: int = 2048, candidates: int = 64) -> Range:
 
     `entropy_threshold` on a histogram of the block, with symmetric levels; the range is
     `(min, max)` cut at -T and T. Meant for blocks of thousands of values (`()` or `(1,)`): the
-    distribution of a few says little, and each block takes `8 * bins` bytes while it is looked at.
+    distribution of a few says little, and each block takes milliseconds, one after the other.
 
     Args:
       bits: of the codes: give the spec's own number.

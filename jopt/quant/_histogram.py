@@ -7,6 +7,7 @@ the values alone, not on the order of batches nor on how shards were merged.
 """
 
 import functools
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -73,6 +74,7 @@ def _coarsened(state: Histogram, exponent: jax.Array) -> jax.Array:
     return jnp.zeros_like(state.counts).at[places].add(state.counts)
 
 
+@jax.jit
 def _merge(first: Histogram, second: Histogram) -> Histogram:
     exponent = jnp.maximum(first.exponent, second.exponent)
     ends = joined_extremes(Extremes(first.low, first.high), Extremes(second.low, second.high))
@@ -88,6 +90,7 @@ def _finite_extremes(rows: jax.Array) -> Extremes:
     )
 
 
+@partial(jax.jit, static_argnames="bins")
 def _of_rows(rows: jax.Array, bins: int) -> Histogram:
     values = rows.astype(jnp.float32).reshape(-1)
     exponent = _exponent_for(_finite_extremes(values), bins // 2)

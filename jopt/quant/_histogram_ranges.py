@@ -83,7 +83,8 @@ def percentile_range(percent: float) -> Method:
       >>> from jopt import quant
       >>> from jopt.quant._histogram import histogram
       >>> state = histogram(16).update(histogram(16).init(1), jnp.arange(1.0, 8.0)[:, None])
-      >>> float(percentile_range(50)(state, quant.QuantSpec())[1])  # half of 7 lies below 5
+      >>> low, high = histogram_range(state, percentile_range(50), quant.QuantSpec())
+      >>> float(high)  # half of 7 lies below 5
       5.0
     """
     check_percent(percent)
@@ -146,7 +147,8 @@ def mse_search_range(candidates: int = 48, smallest: float = 0.1) -> Method:
       >>> from jopt.quant._histogram import histogram
       >>> rows = jnp.concatenate([jnp.ones(400), jnp.full(1, 1.8)])[:, None]
       >>> state = histogram().update(histogram().init(1), rows)
-      >>> round(float(mse_search_range()(state, quant.QuantSpec(2))[1]), 1)  # levels -T, 0, T
+      >>> low, high = histogram_range(state, mse_search_range(), quant.QuantSpec(2))
+      >>> round(float(high), 1)  # levels -T, 0, T
       1.0
 
     References:
@@ -195,7 +197,8 @@ def entropy_search_range(candidates: int = 128) -> Method:
       >>> from jopt.quant._histogram import histogram
       >>> rows = jnp.concatenate([jnp.linspace(0.0, 1.0, 5000), jnp.full(1, 6.0)])[:, None]
       >>> state = histogram().update(histogram().init(1), rows)
-      >>> bool(entropy_search_range()(state, quant.QuantSpec(8))[1] < 1.5)
+      >>> low, high = histogram_range(state, entropy_search_range(), quant.QuantSpec(8))
+      >>> float(high) < 1.5
       True
     """
     if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:

@@ -49,7 +49,7 @@ def optimal_codebook(values: Array, count: int, weights: Array | None = None) ->
     """
     flat, weights = _prepare(values, count, weights)
     bins = summarize(flat, weights, count)
-    codebook = _separate(flat, weights, bins, optimal_means(bins, count))
+    codebook = _separate(flat, weights, bins, optimal_means(bins, count), jnp.int32(count))
     return jnp.where(_is_sound(bins) & (bins.used > 0), codebook, jnp.nan)
 
 
@@ -88,16 +88,12 @@ def optimal_codebook_with_zero(values: Array, count: int) -> Array:
     nonzero = (flat != 0).astype(jnp.float32)
     bins = summarize(flat, nonzero, count)
 
-    def kept() -> Array:
-        others = _separate(flat, nonzero, bins, optimal_means(bins, count - 1))
-        others = jnp.where(bins.used > 0, others, 0.0)
-        return jnp.sort(jnp.append(others, 0.0))
-
-    def plain() -> Array:
-        return _separate(flat, nonzero, bins, optimal_means(bins, count))
-
-    codebook = lax.cond(jnp.all(flat != 0), plain, kept)
-    codebook = jnp.where(codebook == 0, 0.0, codebook)
+    zero = jnp.any(flat == 0)
+    codebook = optimal_means(bins, count, zero)
+    codebook = _separate(flat, nonzero, bins, codebook, count - zero.astype(jnp.int32))
+    # With one entry less the last is a repetition. If all elements are zero, there is none.
+    codebook = codebook.at[-1].set(jnp.where(zero, 0.0, codebook[-1]))
+    codebook = jnp.sort(jnp.where((codebook == 0) | (bins.used == 0), 0.0, codebook))
     return jnp.where(_is_sound(bins), codebook, jnp.nan)
 
 
@@ -307,37 +303,37 @@ def _is_sound(bins: Bins) -> Array:
     return jnp.all(~filled | (jnp.isfinite(bins.mean) & jnp.isfinite(bins.mass)))
 
 
-def _separate(values: Array, weights: Array | None, bins: Bins, codebook: Array) -> Array:
+def _separate(
+    values: Array, weights: Array | None, bins: Bins, codebook: Array, count: Array
+) -> Array:
     """Give entries that are left over to different values that share a bin.
 
     There are such entries only if there are no more bins than entries, hence few different values;
-    the loop does nothing otherwise. Each pass splits the widest clusters in two.
+    the loop does nothing otherwise. Each pass splits the widest clusters in two. Of the entries,
+    `count` are to be different, the last is repeated.
     """
     if is_short(values):
         return codebook
-    count = codebook.size
+    size = codebook.size
     used = jnp.ones(values.shape, bool) if weights is None else weights > 0
 
     def split(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         codebook, _, tries = state
         codes = nearest_codes(values, codebook)
-        low = jnp.full(count, jnp.inf, jnp.float32).at[codes].min(jnp.where(used, values, jnp.inf))
-        high = (
-            jnp.full(count, -jnp.inf, jnp.float32).at[codes].max(jnp.where(used, values, -jnp.inf))
-        )
+        none = jnp.full(size, jnp.inf, jnp.float32)
+        low = none.at[codes].min(jnp.where(used, values, jnp.inf))
+        high = (-none).at[codes].max(jnp.where(used, values, -jnp.inf))
         width = jnp.where(low < high, high - low, 0.0)
-        spare = jnp.sum(low > high)
-        rank = jnp.argsort(jnp.argsort(-width))
-        parted = (width > 0) & (rank < spare)
+        rank = jnp.argsort(jnp.argsort(-width)).astype(jnp.int32)
+        parted = (width > 0) & (rank < count - jnp.sum(low <= high))
         # An entry with one value becomes that value; the widest become their two ends.
-        entries = jnp.where(width > 0, codebook, low)
-        entries = jnp.append(jnp.where(parted, low, entries), jnp.where(parted, high, jnp.inf))
-        entries = jnp.sort(entries)[:count]
+        entries = jnp.where((width > 0) & ~parted, codebook, low)
+        entries = jnp.sort(jnp.append(entries, jnp.where(parted, high, jnp.inf)))[:size]
         largest = jnp.max(jnp.where(entries < jnp.inf, entries, -jnp.inf))
         return jnp.minimum(entries, largest), jnp.any(parted), tries + 1
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        return state[1] & (state[2] <= count)
+        return state[1] & (state[2] <= size)
 
     few = (bins.used > 0) & (bins.used <= count) & _is_sound(bins)
     return lax.while_loop(unfinished, split, (codebook, few, jnp.int32(0)))[0]

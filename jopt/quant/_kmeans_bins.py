@@ -22,7 +22,7 @@ _SAMPLE = 1 << 16
 _SORTED = 1 << 12  # sorting no more than these costs no more than the other steps
 _BINS_PER_CLUSTER = 512  # of which a third is used: splits are rounded down, some parts are empty
 _LEAST_BINS = 1 << 13
-_ROW = 128
+ROW = 128  # sizes of bins are multiples of it
 TINY = 1e-30  # in a divisor, for 0 / 0 = 0
 
 
@@ -68,10 +68,21 @@ def order_key(values: Array) -> Array:
 
 
 def cumulate(parts: Array) -> Array:
-    """Return the running sum of a vector, its size a multiple of 128: quicker than `cumsum`."""
-    rows = jnp.cumsum(parts.reshape(-1, _ROW), 1)
-    before = jnp.cumsum(rows[:, -1]) - rows[:, -1]
-    return (rows + before[:, None]).reshape(-1)
+    """Return the running sum of a vector, by products with a triangle of ones.
+
+    `jnp.cumsum` is four times as slow here, and takes longer to compile.
+    """
+    rows = cumulate_rows(jnp.pad(parts, (0, -parts.size % ROW)).reshape(-1, ROW))
+    if rows.shape[0] > 1:
+        totals = rows[:, -1]
+        rows = rows + (cumulate(totals) - totals)[:, None]
+    return rows.reshape(-1)[: parts.size]
+
+
+def cumulate_rows(rows: Array) -> Array:
+    """Return the running sums of rows of 128."""
+    ones = jnp.triu(jnp.ones((ROW, ROW), rows.dtype))
+    return jnp.matmul(rows, ones, precision=lax.Precision.HIGHEST)
 
 
 def _flip(bits: Array) -> Array:
@@ -79,14 +90,14 @@ def _flip(bits: Array) -> Array:
 
 
 def _pad(size: int) -> int:
-    return -(-size // _ROW) * _ROW
+    return -(-size // ROW) * ROW
 
 
 def _sort(values: Array, weights: Array | None) -> tuple[Array, Array]:
     weights = jnp.ones_like(values) if weights is None else weights
     ordered, weights = lax.sort((values, weights), num_keys=1)
     first = jnp.append(jnp.array([True]), ordered[1:] != ordered[:-1])
-    index = jnp.cumsum(first.astype(jnp.int32)) - 1
+    index = cumulate(first.astype(jnp.int32)) - 1
     zeros = jnp.zeros(_pad(values.size), jnp.float32)
     return zeros.at[index].add(weights), zeros.at[index].set(ordered)
 
@@ -151,7 +162,7 @@ def _split(nodes: _Nodes, mass: Array, extra: int) -> tuple[Array, _Nodes]:
     depth = jnp.floor(jnp.log2(jnp.maximum(share * (extra / 2), 1.0))).astype(jnp.int32)
     depth = jnp.minimum(depth, nodes.below)
     parts = jnp.int32(1) << depth
-    start = jnp.cumsum(parts) - parts
+    start = cumulate(parts) - parts
     size = _pad(mass.size + extra)
     parent = cumulate(jnp.zeros(size, jnp.int32).at[start].add(1)) - 1
     below = (nodes.below - depth)[parent]

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jopt.quant._kmeans_bins import TINY, Bins, cumulate
+from jopt.quant._kmeans_bins import ROW, TINY, Bins, cumulate, cumulate_rows
 
-_ROW = 128
 _GROUP = 16
 _MOST_SWEEPS = 16
 _FINE_WINDOW = 256
@@ -41,12 +40,16 @@ class _Sums(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """Bins with means about their common mean, and running sums of mass and mass * mean."""
+    """Bins with means about their common mean, and running sums of mass and mass * mean.
+
+    If `spare`, the first cluster is to be left empty.
+    """
 
     mass: Array
     mean: Array
     mass_sums: _Sums
     moment_sums: _Sums
+    spare: Array
 
 
 class _Sweep(NamedTuple):
@@ -57,11 +60,11 @@ class _Sweep(NamedTuple):
     window: int
 
 
-def optimal_means(bins: Bins, clusters: int) -> Array:
+def optimal_means(bins: Bins, clusters: int, spare: Array | bool = False) -> Array:
     """Return the means (clusters,) of an optimal partition of `bins`, in rising order.
 
-    Where there are no more bins than clusters, the means are those of the bins, exactly. A cluster
-    without a bin repeats its neighbour.
+    With `spare`, which may be traced, there is one cluster less, and the last entry repeats the one
+    before. Where there are no more bins than clusters, the means are those of the bins, exactly.
     """
     filled = jnp.arange(bins.mass.size) < bins.used
     reach = jnp.max(jnp.where(filled, jnp.abs(bins.mean), 0.0))
@@ -70,27 +73,25 @@ def optimal_means(bins: Bins, clusters: int) -> Array:
     scaled = jnp.where(filled, bins.mean * scale, 0.0)
     origin = jnp.sum(scaled * (bins.mass / jnp.maximum(jnp.sum(bins.mass), TINY)))
     mean = jnp.where(filled, scaled - origin, 0.0)
-    data = _Data(bins.mass, mean, _running(bins.mass), _running(mean * bins.mass))
+    spare = jnp.asarray(spare)
+    data = _Data(bins.mass, mean, _running(bins.mass), _running(mean * bins.mass), spare)
     bounds = _optimize(data, _first_bounds(data, bins.used, clusters))
-    count = data.mass_sums.between(bounds[:-1], bounds[1:])
     means = (origin + _centres(data, bounds)) / scale
     first = bins.mean[jnp.minimum(bounds[:-1], bins.used - 1)]
     means = jnp.where(bounds[1:] - bounds[:-1] == 1, first, means)
-    means = lax.cummax(jnp.where(count > 0, means, -jnp.inf))
-    means = jnp.where(means == -jnp.inf, bins.mean[0], means)
-    few = jnp.minimum(jnp.arange(clusters), bins.used - 1)
-    return jnp.where(bins.used <= clusters, bins.mean[few], jnp.sort(means))
+    # An empty cluster repeats the one before; if there is none, the last.
+    means = lax.cummax(jnp.where(bounds[1:] > bounds[:-1], means, -jnp.inf))
+    means = jnp.sort(jnp.where(means == -jnp.inf, means[-1], means))
+    few = bins.used <= clusters - spare.astype(jnp.int32)
+    place = jnp.minimum(jnp.arange(clusters), bins.used - 1)
+    return jnp.where(few, bins.mean[place], means)
 
 
 def _optimize(data: _Data, bounds: Array) -> Array:
     """Sweep until nothing is gained, on three levels."""
     clusters = bounds.size - 1
-    first = max(4, 128 // clusters)
-    levels = (
-        (_Sweep(first, max(64, min(first * clusters, 128)), 512), 0.03),
-        (_Sweep(32, 96, 256), 0.003),
-    )
-    for sweep, enough in levels:
+    wide = _Sweep(max(4, 128 // clusters), 128 if clusters <= 32 else 64, 512)
+    for sweep, enough in ((wide, 0.03), (_Sweep(32, 96, 256), 0.003)):
         bounds = _repeat(partial(_coarse_sweep, data, sweep), bounds, enough)
     return _repeat(partial(_fine_sweep, data), bounds, 1e-6)
 
@@ -117,13 +118,13 @@ def _add(total: _Sums, part: Array) -> _Sums:
 
 def _running(parts: Array) -> _Sums:
     """Return the sums before each position, and after the last."""
-    rows = jnp.cumsum(parts.reshape(-1, _ROW), 1)
+    rows = cumulate_rows(parts.reshape(-1, ROW))
     zero = _Sums(jnp.zeros((), parts.dtype), jnp.zeros((), parts.dtype))
     whole, before = lax.scan(
         lambda total, row: (_add(total, row), total), zero, rows[:, -1], unroll=8
     )
     inside = jnp.pad(rows[:, :-1], ((0, 0), (1, 0)))
-    sums = _add(jax.tree.map(lambda part: jnp.repeat(part[:, None], _ROW, 1), before), inside)
+    sums = _add(jax.tree.map(lambda part: jnp.repeat(part[:, None], ROW, 1), before), inside)
     return jax.tree.map(lambda part, last: jnp.append(part.reshape(-1), last), sums, whole)
 
 
@@ -135,7 +136,9 @@ def _first_bounds(data: _Data, used: Array, clusters: int) -> Array:
     members = jnp.maximum(jnp.sum(filled, 1), 1).astype(jnp.float32)
     share = jnp.cbrt(jnp.square(width) * mass) / members
     running = cumulate(jnp.where(filled, share[:, None], 0.0).reshape(-1))
-    wanted = running[-1] * (jnp.arange(1, clusters) / clusters)
+    spare = data.spare.astype(jnp.int32)
+    part = (jnp.arange(1, clusters) - spare) / jnp.maximum(clusters - spare, 1)
+    wanted = running[-1] * part.astype(jnp.float32)
     inner = jnp.minimum(jnp.searchsorted(running, wanted).astype(jnp.int32), used)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, used[None]])
 
@@ -174,7 +177,9 @@ def _coarse_sweep(data: _Data, sweep: _Sweep, bounds: Array) -> tuple[Array, Arr
     def forward(best: Array, boundary: Array) -> tuple[Array, Array]:
         padded = jnp.pad(best, (span, cut), constant_values=jnp.inf)
         last = lax.dynamic_slice(errors, (0, boundary * cut), (span + 1, window))
-        return jnp.min(padded[offsets] + last, 0), padded
+        best = jnp.min(padded[offsets] + last, 0)
+        forbidden = data.spare & (boundary == 1) & (jnp.arange(window) + cut - half > cut)
+        return jnp.where(forbidden, jnp.inf, best), padded
 
     def backward(offset: Array, layer: tuple[Array, Array]) -> tuple[Array, Array]:
         padded, boundary = layer
@@ -224,7 +229,8 @@ def _fine_sweep(data: _Data, bounds: Array) -> tuple[Array, Array]:
     centre = _centres(data, bounds)
     count = data.mass_sums.between(bounds[:-1], bounds[1:])
     here = jnp.arange(_FINE_WINDOW, dtype=jnp.int32)[None, :] - _FINE_WINDOW // 2
-    places = jnp.clip(bounds[:, None] + here, 0, bounds[-1]).at[0].set(0).at[-1].set(bounds[-1])
+    places = jnp.clip(bounds[:, None] + here, 0, bounds[-1]).at[0].set(0)
+    places = places.at[1].set(jnp.where(data.spare, 0, places[1])).at[-1].set(bounds[-1])
     moved = data.mass_sums.between(bounds[:, None], places)
     moment = data.moment_sums.between(bounds[:, None], places)
     # Moments of what crosses a boundary, about the mean to its right and about that to its left.
@@ -240,10 +246,10 @@ def _fine_sweep(data: _Data, bounds: Array) -> tuple[Array, Array]:
 
     def gain(layer: tuple[Array, ...], end: Any) -> Array:
         place, next_place, leaving, entering, right, left, mass = layer
-        inside = mass + entering[end] - leaving[:, None]
-        value = jnp.square(left[end] - right[:, None]) / jnp.maximum(inside, TINY)
+        inside = mass + entering[end][None, :] - leaving[:, None]
+        value = jnp.square(left[end][None, :] - right[:, None]) / jnp.maximum(inside, TINY)
         value = jnp.where(inside > 0, value, 0.0)
-        return jnp.where(next_place[end] >= place[:, None], value, -jnp.inf)
+        return jnp.where(next_place[end][None, :] >= place[:, None], value, -jnp.inf)
 
     def forward(best: Array, layer: Any) -> tuple[Array, Array]:
         return jnp.min(best[:, None] - gain(layer[0], slice(None)), 0) + layer[1], best

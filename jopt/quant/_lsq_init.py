@@ -13,11 +13,10 @@ from jopt.quant._code_ranges import (
     CodeRange,
     block_counts,
     code_bounds,
-    compact_blocks,
     round_codes,
     signed_codes,
 )
-from jopt.quant._quantize import check_values
+from jopt.quant._quantize import check_values, compact_blocks
 from jopt.quant._spec import QuantSpec
 
 

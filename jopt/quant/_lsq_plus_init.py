@@ -12,13 +12,12 @@ from jopt.quant._code_ranges import (
     CodeRange,
     block_counts,
     code_bounds,
-    compact_blocks,
     round_codes,
     signed_codes,
     unsigned_codes,
 )
 from jopt.quant._lsq_init import finished_step
-from jopt.quant._quantize import check_values
+from jopt.quant._quantize import check_values, compact_blocks
 from jopt.quant._spec import QuantSpec
 
 

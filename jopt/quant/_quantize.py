@@ -1,5 +1,6 @@
 """Quantization of one array: to codes and back, exactly, at random and with a gradient."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -61,9 +62,10 @@ def split_levels(levels: Levels, ndim: int) -> Levels:
     return jax.tree.map(split, levels)
 
 
-def _fit(blocks: jax.Array, spec: QuantSpec, dtype: Any) -> tuple[Levels, jax.Array, jax.Array]:
+def _fit(
+    blocks: jax.Array, within: tuple[int, ...], spec: QuantSpec, dtype: Any
+) -> tuple[Levels, jax.Array, jax.Array]:
     """Return levels whose scale is one of `dtype`, and the ends of the range."""
-    within = tuple(range(1, blocks.ndim, 2))
 
     def restore(low: jax.Array, high: jax.Array) -> jax.Array:
         levels = spec.grid.fit(blocks, low, high, spec.bits)
@@ -106,6 +108,63 @@ def narrowed(leaf: Leaf, wide: Any, narrow: Any) -> Leaf:
     return jax.tree_util.tree_map_with_path(store, leaf)
 
 
+# --- Compact blocks: the same without axes of size one -------------------------------------------
+#
+# An axis of size one innermost, as per-channel blocks have it, makes XLA's loops on a CPU many
+# times slower; so whatever is done to every element is done on these.
+
+
+def compact_blocks(values: jax.Array, spec: QuantSpec) -> tuple[jax.Array, tuple[int, ...]]:
+    """Split the axes that blocks divide in two, and return the axes within a block.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> blocks, within = compact_blocks(jnp.ones((128, 32)), QuantSpec(block=(64, 1)))
+      >>> blocks.shape, within
+      ((2, 64, 32), (1,))
+    """
+    dims: list[int] = []
+    within: list[int] = []
+    for n, size in zip(values.shape, block_sizes(values.shape, spec.block), strict=True):
+        if n > size or size == 1:
+            dims.append(n // size)
+        if size > 1:
+            within.append(len(dims))
+            dims.append(size)
+    return values.reshape(dims), tuple(within)
+
+
+def _divided(shape: tuple[int, ...], spec: QuantSpec) -> list[int]:
+    """Return how many axes `compact_blocks` makes of each axis: one or two."""
+    sizes = block_sizes(shape, spec.block)
+    return [2 if n > size > 1 else 1 for n, size in zip(shape, sizes, strict=True)]
+
+
+def from_compact(leaf: Leaf, shape: tuple[int, ...], spec: QuantSpec) -> Leaf:
+    """Give every field of a leaf of compact blocks the axes of values of `shape`."""
+    parts = _divided(shape, spec)
+
+    def merge(field: jax.Array) -> jax.Array:
+        dims, at = [], 0
+        for count in parts:
+            dims.append(math.prod(field.shape[at : at + count]))
+            at += count
+        return field.reshape(*dims, *field.shape[at:])
+
+    return jax.tree.map(merge, leaf)
+
+
+def to_compact(levels: Levels, shape: tuple[int, ...], spec: QuantSpec) -> Levels:
+    """Undo `from_compact` for levels, whose fields have one entry a block."""
+    parts = _divided(shape, spec)
+
+    def split(field: jax.Array) -> jax.Array:
+        dims = [n for count, n in zip(parts, field.shape, strict=False) for n in (n, 1)[:count]]
+        return field.reshape(*dims, *field.shape[len(parts) :])
+
+    return jax.tree.map(split, levels)
+
+
 def fit_levels(values: jax.Array, spec: QuantSpec) -> Levels:
     """Choose the levels of each block of an array, without codes.
 
@@ -118,8 +177,8 @@ def fit_levels(values: jax.Array, spec: QuantSpec) -> Levels:
       float32 for narrower values.
     """
     exact = working_dtype(values.dtype)
-    levels, _, _ = _fit(split_blocks(values.astype(exact), spec), spec, values.dtype)
-    return merge_blocks(levels, values.ndim)
+    levels, _, _ = _fit(*compact_blocks(values.astype(exact), spec), spec, values.dtype)
+    return from_compact(levels, values.shape, spec)
 
 
 def encode(values: jax.Array, levels: Levels, spec: QuantSpec) -> Leaf:
@@ -134,18 +193,18 @@ def encode(values: jax.Array, levels: Levels, spec: QuantSpec) -> Leaf:
       The levels with codes.
     """
     exact = working_dtype(values.dtype)
-    blocks = split_blocks(values.astype(exact), spec)
-    leaf = spec.grid.encode(blocks, split_levels(levels, values.ndim), spec.bits)
-    return merge_blocks(leaf, values.ndim)
+    blocks, _ = compact_blocks(values.astype(exact), spec)
+    leaf = spec.grid.encode(blocks, to_compact(levels, values.shape, spec), spec.bits)
+    return from_compact(leaf, values.shape, spec)
 
 
 @partial(jax.jit, static_argnames="spec")
 def _quantize(values: jax.Array, spec: QuantSpec) -> tuple[Leaf, jax.Array]:
     """Return the leaf, and where the values lay inside the range."""
     exact = working_dtype(values.dtype)
-    blocks = split_blocks(values.astype(exact), spec)
-    levels, low, high = _fit(blocks, spec, values.dtype)
-    leaf = merge_blocks(spec.grid.encode(blocks, levels, spec.bits), values.ndim)
+    blocks, within = compact_blocks(values.astype(exact), spec)
+    levels, low, high = _fit(blocks, within, spec, values.dtype)
+    leaf = from_compact(spec.grid.encode(blocks, levels, spec.bits), values.shape, spec)
     inside = (blocks >= low) & (blocks <= high)
     return narrowed(leaf, exact, values.dtype), inside.reshape(values.shape)
 
@@ -184,15 +243,15 @@ def quantize(values: ArrayLike, spec: QuantSpec) -> Leaf:
 @partial(jax.jit, static_argnames="spec")
 def _quantize_stochastically(key: jax.Array, values: jax.Array, spec: QuantSpec) -> Leaf:
     exact = working_dtype(values.dtype)
-    blocks = split_blocks(values.astype(exact), spec)
-    levels, _, _ = _fit(blocks, spec, values.dtype)
+    blocks, within = compact_blocks(values.astype(exact), spec)
+    levels, _, _ = _fit(blocks, within, spec, values.dtype)
     below, above = spec.grid.neighbours(blocks, levels, spec.bits)
     low, high = materialize(below), materialize(above)
     width = high - low
     share = (jnp.clip(blocks, low, high) - low) / jnp.where(width > 0, width, 1.0)
     up = jax.random.uniform(key, blocks.shape, exact) < share
     leaf = below.replace(codes=jnp.where(up, above.codes, below.codes))
-    return narrowed(merge_blocks(leaf, values.ndim), exact, values.dtype)
+    return narrowed(from_compact(leaf, values.shape, spec), exact, values.dtype)
 
 
 def quantize_stochastically(key: jax.Array, values: ArrayLike, spec: QuantSpec) -> Leaf:

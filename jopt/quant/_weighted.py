@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jopt.quant._outcome import Outcome, from_rows, keep_better, to_rows
 from jopt.quant._quantize import check_values, encode, fit_levels, narrowed, quantize, split_blocks
@@ -52,7 +53,7 @@ def _quantize_weighted(
 
 
 def quantize_weighted(
-    weights: jax.Array,
+    weights: ArrayLike,
     statistics: InputStatistics,
     spec: QuantSpec,
     candidates: int = 48,
