@@ -75,10 +75,13 @@ def _looked_up(leaf: CodebookTensor) -> jax.Array:
 
 
 def _narrow_floats(leaf: FloatTensor) -> jax.Array:
-    scale = leaf.scale.astype(leaf.dtype)
+    # In float32: a product of two scales may be too small for a narrow dtype where neither is.
+    exact = working_dtype(leaf.dtype)
+    scale = leaf.scale.astype(exact)
     if leaf.global_scale is not None:
-        scale = leaf.global_scale * scale
-    return expand_blocks(scale, leaf.codes.shape) * leaf.codes.astype(leaf.dtype)
+        scale = leaf.global_scale.astype(exact) * scale
+    values = expand_blocks(scale, leaf.codes.shape) * leaf.codes.astype(exact)
+    return values.astype(leaf.dtype)
 
 
 def _signs(leaf: BitTensor) -> jax.Array:

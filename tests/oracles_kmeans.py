@@ -89,7 +89,7 @@ def nearest(values, codebook):
     return np.searchsorted((book[1:] + book[:-1]) / 2, values)
 
 
-def lloyd(values, codebook, steps):
+def lloyd_steps(values, codebook, steps):
     x, book = np.asarray(values, np.float64).ravel(), np.array(codebook, np.float64)
     for _ in range(steps):
         codes = nearest(x, book)

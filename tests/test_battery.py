@@ -22,7 +22,6 @@ _GRIDS = {
     "log2": (4, quant.logarithmic(2.0)),
     "log_sqrt2_mean": (5, quant.logarithmic(2**0.5, quant.arithmetic_mean)),
     "additive_powers": (4, quant.additive_powers_of_two),
-    "kmeans": (3, quant.kmeans),
     "nf4": (4, quant.nf4),
     "codebook": (2, quant.codebook((-1.0, 0.0, 0.5))),
     "ternary": (2, quant.ternary),
@@ -100,6 +99,9 @@ TRANSFORMS = {
         f"range_{name}": partial(quant.quantize_params, spec=QuantSpec(4, range=each))
         for name, each in _RANGES.items()
     },
+    "grid_kmeans": partial(
+        quant.quantize_params, spec=QuantSpec(3, (), grid=quant.kmeans), where="head/kernel"
+    ),
     "fake_nf4": partial(quant.fake_quantize_params, spec=QuantSpec(4, grid=quant.nf4)),
     "binarized": quant.binarize_params,
     "fake_binarized": quant.fake_binarize_params,

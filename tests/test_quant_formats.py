@@ -165,7 +165,7 @@ def test_the_neighbours_are_the_levels_around_each_value(name, weights, quantize
 
 
 @pytest.mark.parametrize(  # each draw is a program of its own: one format of each kind
-    "name", ["log_1", "log_4", "additive_8", "nf4", "kmeans", "e4m3", "mxfp6_e3m2", "nvfp4"]
+    "name", ["log_1", "log_4", "additive_8", "nf4", "e4m3", "mxfp6_e3m2", "nvfp4"]
 )
 def test_stochastic_rounding_is_unbiased(name, weights):
     spec = SPECS[name]
@@ -234,7 +234,7 @@ def test_logarithmic_rounding_to_the_nearest_level_has_the_smaller_error(weights
 
 def test_logarithmic_levels_are_normal_numbers_for_any_bits_and_base():
     values = np.asarray([1.0, 0.0, 2.0**-110, -(2.0**-125), 2.0**-126], np.float32)
-    for base in (1.01, 2.0, 7.0, 2.0**32):
+    for base in (1.01, 2.0, 2.0**32):
         leaf = quant.quantize(values, QuantSpec(8, (), grid=logarithmic(base)))
         table = np.asarray(leaf.codebook)[0]
         assert len(table) % 2 == 1 and (np.diff(table) > 0).all()
@@ -358,12 +358,15 @@ def test_kmeans_fits_each_block_and_beats_any_other_table(weights, quantized):
 
 
 def test_kmeans_restores_a_block_of_few_different_values():
-    values = np.tile(np.asarray([[-1.0, 5.0], [2.0, 5.0], [0.0, 5.0]], np.float32), (4, 1))
-    spec = QuantSpec(3, (1,), grid=kmeans)
+    values = np.tile(np.asarray([[-1.0, 5.0], [2.0, 5.0], [0.0, 5.0], [9.0, 5.0]]), (16, 3))
+    values, spec = values.astype(np.float32), SPECS["kmeans"]
     np.testing.assert_allclose(quant.fake_quantize(values, spec), values, rtol=1e-6)
     assert (np.asarray(quant.fake_quantize(values, spec))[values == 0] == 0).all()
-    random = quant.quantize_stochastically(jax.random.key(0), values, spec)
-    np.testing.assert_allclose(jopt.materialize(random), values, rtol=1e-6)
+    levels = quant.fit_levels(jnp.asarray(values), spec)
+    between = jnp.full((64, 6), 1.5)
+    below, above = kmeans.neighbours(between, levels, 3)
+    np.testing.assert_allclose(jopt.materialize(below)[0, :2], [0.0, 5.0])
+    np.testing.assert_allclose(jopt.materialize(above)[0, :2], [2.0, 5.0])
 
 
 def test_kmeans_keeps_a_table_for_each_block_of_rows():
@@ -394,7 +397,8 @@ def test_the_gradient_of_a_centroid_is_the_sum_over_its_weights(weights, quantiz
 def test_training_centroids_lowers_the_loss_and_keeps_zeros(weights):
     pruned = jnp.where(jnp.abs(weights) > 0.6, weights, 0.0)
     small = {"w": quant.quantize(pruned, SPECS["kmeans"]), "b": jnp.ones((1, 6))}
-    inputs = np.random.default_rng(6).normal(size=(200, 64)).astype(np.float32)
+    random = np.random.default_rng(6)  # inputs that depend on each other, as in a network
+    inputs = (random.normal(size=(200, 8)) @ random.normal(size=(8, 64)) / 8).astype(np.float32)
     target = inputs @ weights + 1.0
 
     def loss(trained):
@@ -415,7 +419,7 @@ def test_training_centroids_lowers_the_loss_and_keeps_zeros(weights):
     for _ in range(30):
         trained, state, value = step(trained, state)
         values.append(float(value))
-    assert values[-1] < 0.95 * values[0]
+    assert values[-1] < 0.7 * values[0]
     tuned = with_codebooks(small, trained)
     chex.assert_trees_all_equal_structs(tuned, small)
     chex.assert_trees_all_equal_shapes_and_dtypes(tuned, small)

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from jopt.quant._kmeans import (
-    density_codebook,
-    kmeans,
-    linear_codebook,
+    lloyd as iterate,
     optimal_codebook,
     optimal_codebook_with_zero,
-    random_codebook,
     tied_gradient,
 )
+from jopt.quant._kmeans_starts import density_codebook, linear_codebook, random_codebook
 from jopt.quant._nearest import nearest_codes
-from tests.oracles_kmeans import error, exact_error, lloyd, nearest, slow_exact_error
+from tests.oracles_kmeans import error, exact_error, lloyd_steps, nearest, slow_exact_error
 
 SHORT, LONG = 3000, 12000  # below and above the length up to which values are sorted
 
@@ -84,9 +82,9 @@ def test_other_numbers_of_entries_are_optimal_as_well():
 def test_a_million_weights_beat_lloyd_and_lose_nothing_to_bins():
     values = jax.random.normal(jax.random.key(0), (1 << 20,))
     found = error(values, optimal_codebook(values, 16))
-    # The optimal 16-level quantizer of a normal density (Max 1960, table 1) has error 0.01154.
-    assert abs(found / float(jnp.var(values)) - 0.01154) < 1e-4
-    assert error(values, kmeans(values, linear_codebook(values, 16), 20)) > 1.2 * found
+    # The optimal 16-level quantizer of a normal density (Max 1960, table 1) has error 0.009497.
+    assert abs(found / float(jnp.var(values)) - 0.009497) < 5e-5
+    assert error(values, iterate(values, linear_codebook(values, 16), 20)) > 1.2 * found
 
 
 @pytest.mark.parametrize("size", [SHORT, LONG])
@@ -102,15 +100,15 @@ def test_few_different_values_are_kept_exactly(size, different):
 
 def test_values_that_share_a_bin_are_told_apart_while_entries_are_left():
     near = np.float32(1) + np.arange(5, dtype=np.float32) * np.float32(2**-23)
-    levels = np.concatenate([near, -near, np.float32([300, 1e-20, 0])])
-    values = np.concatenate([levels[np.arange(LONG) % levels.size], draw("huge", 1)])
+    levels = np.concatenate([near, -near, np.asarray([300, 1e-20, 0, 1e38], np.float32)])
+    values = levels[np.arange(LONG) % levels.size]
     codebook = optimal_codebook(jnp.asarray(values), 16)
     assert error(values, codebook) == 0
 
 
 def test_rare_values_among_zeros_are_kept_exactly():
-    values = np.zeros(300_000, np.float32)
-    values[np.arange(12) * 20_011] = draw("normal", 12)
+    values = np.zeros(1 << 20, np.float32)
+    values[np.arange(12) * 80_011] = draw("normal", 12)
     assert error(values, optimal_codebook(jnp.asarray(values), 16)) == 0
 
 
@@ -149,10 +147,11 @@ def test_weights_count(size):
 
 
 def test_whole_weights_equal_repeated_values():
-    values = draw("normal", 800)
-    repeats = np.random.default_rng(0).integers(0, 4, values.size)
-    weighted = optimal_codebook(jnp.asarray(values), 8, jnp.asarray(repeats, jnp.float32))
-    repeated = optimal_codebook(jnp.asarray(np.repeat(values, repeats)), 8)
+    values = draw("normal", SHORT)
+    repeats = np.where(np.arange(SHORT) < SHORT // 2, np.arange(SHORT) % 5, 0)
+    weighted = optimal_codebook(jnp.asarray(values), 16, jnp.asarray(repeats, jnp.float32))
+    repeated = optimal_codebook(jnp.asarray(np.repeat(values, repeats)), 16)
+    assert repeats.sum() == SHORT
     np.testing.assert_allclose(weighted, repeated, rtol=1e-5)
 
 
@@ -193,10 +192,10 @@ def test_without_zeros_no_entry_is_spent_on_them():
 
 
 def test_zero_is_kept_in_every_corner():
-    alone = optimal_codebook_with_zero(jnp.array([0.0, -0.0, 0.0]), 4)
-    np.testing.assert_array_equal(alone, np.zeros(4))
+    alone = optimal_codebook_with_zero(jnp.array([0.0, -0.0, 0.0, 0.0]), 16)
+    np.testing.assert_array_equal(alone, np.zeros(16))
     assert not np.signbit(alone).any()
-    few = optimal_codebook_with_zero(jnp.array([-0.0, 2.0, 2.0, -1.0]), 4)
+    few = optimal_codebook_with_zero(jnp.array([-0.0, 2.0, 2.0, -1.0]), 16)
     np.testing.assert_array_equal(np.unique(few), [-1, 0, 2])
     pair = optimal_codebook_with_zero(jnp.array([0.0, -1.0, 3.0, 3.0]), 2)
     assert 0.0 in pair.tolist()
@@ -215,7 +214,10 @@ def test_codes_are_those_of_the_nearest_entry(count):
         codes = nearest_codes(jnp.asarray(values), jnp.asarray(codebook))
         codes = np.asarray(codes)
         assert codes.dtype == (jnp.uint8 if count <= 256 else jnp.uint16)
-        np.testing.assert_array_equal(codes, nearest(values, codebook))
+        expected = nearest(values, codebook)
+        np.testing.assert_array_equal(codebook[codes], codebook[expected])
+        if np.unique(codebook).size == count:
+            np.testing.assert_array_equal(codes, expected)
 
 
 @pytest.mark.parametrize("size", [6, 66])
@@ -230,12 +232,12 @@ def test_lloyd_steps_are_lloyds():
     values = draw("laplace", SHORT)
     start = linear_codebook(jnp.asarray(values), 9)
     for steps in (0, 1, 5):
-        ours = kmeans(jnp.asarray(values), start, steps)
-        np.testing.assert_allclose(ours, lloyd(values, start, steps), rtol=2e-5, atol=2e-6)
+        ours = iterate(jnp.asarray(values), start, steps)
+        np.testing.assert_allclose(ours, lloyd_steps(values, start, steps), rtol=2e-5, atol=2e-6)
 
 
 def test_an_entry_that_no_value_is_near_stays():
-    assert kmeans(jnp.array([1.0, 2.0]), jnp.array([1.0, 50.0]), 3).tolist() == [1.5, 50.0]
+    assert iterate(jnp.array([1.0, 2.0]), jnp.array([1.0, 50.0]), 3).tolist() == [1.5, 50.0]
 
 
 def test_the_starts_are_those_of_deep_compression():
@@ -273,13 +275,13 @@ def test_tied_gradients_are_the_gradient_of_the_shared_entry():
     assert tied[3] == 0
 
 
-@pytest.mark.parametrize("size", [600, 5000])
+@pytest.mark.parametrize("size", [SHORT, LONG])
 def test_vmap_gives_what_each_row_gives(size):
     rows = jnp.stack([jnp.asarray(draw(name, size)) for name in ("normal", "sparse", "student")])
     for function in (optimal_codebook, optimal_codebook_with_zero):
-        together = jax.jit(jax.vmap(lambda row, function=function: function(row, 4)))(rows)
+        together = jax.jit(jax.vmap(lambda row, function=function: function(row, 16)))(rows)
         for row, codebook in zip(rows, together, strict=True):
-            np.testing.assert_allclose(codebook, function(row, 4), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(codebook, function(row, 16), rtol=1e-4, atol=1e-6)
     codebooks = jnp.sort(rows[:, :40], 1)
     codes = jax.vmap(nearest_codes)(rows, codebooks)
     for row, book, code in zip(rows, codebooks, codes, strict=True):
@@ -297,7 +299,7 @@ def test_narrow_floats_are_fitted_in_float32():
 
 def test_no_gradient_flows():
     values = jnp.asarray(draw("normal", 40))
-    slope = jax.grad(lambda v: jnp.sum(optimal_codebook(v, 4) ** 2))(values)
+    slope = jax.grad(lambda v: jnp.sum(optimal_codebook(v, 16) ** 2))(values)
     np.testing.assert_array_equal(slope, np.zeros(40))
 
 
@@ -308,7 +310,7 @@ def test_no_gradient_flows():
         (lambda x: optimal_codebook(x[:0], 2), "values must number 1 to"),
         (lambda x: optimal_codebook(x, 2, x[:2]), r"weights of shape \(2,\) do not match"),
         (lambda x: optimal_codebook_with_zero(x, 1), "count must be at least 2"),
-        (lambda x: kmeans(x, x, -1), "steps must be at least 0, got -1"),
+        (lambda x: iterate(x, x, -1), "steps must be at least 0, got -1"),
         (lambda x: nearest_codes(x, x[:0]), "codebook must be a vector of entries"),
         (lambda x: nearest_codes(x, x[None]), "codebook must be a vector of entries"),
         (lambda x: tied_gradient(x, jnp.zeros(2, jnp.int32), 2), "do not match gradient"),

@@ -16,17 +16,26 @@ straight-through gradient, and `jopt.materialize` goes back to floats.
   `fake_binarize`, codebooks; `fold_batch_norms`, `reestimate_batch_norm`.
 """
 
-from jopt._layers import Layer, LayerReport, find_layers, layer_inputs, map_inputs
+from jopt._layers import (
+    Layer,
+    LayerReport,
+    find_layers,
+    from_matrix,
+    layer_inputs,
+    map_inputs,
+    to_matrix,
+)
 from jopt.quant._activations import (
     activation_ranges,
+    fake_quantize_within,
     per_tensor,
     per_token,
     quantize_inputs,
     quantize_inputs_dynamically,
 )
 from jopt.quant._adaround import adaround
-from jopt.quant._adequacy import Adequacy, activation_adequacy, adequacy, usage
-from jopt.quant._adequacy_report import format_adequacy
+from jopt.quant._adequacy import Adequacy, Usage, activation_adequacy, adequacy, usage
+from jopt.quant._adequacy_report import advice, format_adequacy
 from jopt.quant._awq import awq
 from jopt.quant._batch_norm import fold_batch_norm, fold_batch_norms, remove_batch_norms
 from jopt.quant._bias import correct_bias, correct_biases
@@ -50,8 +59,8 @@ from jopt.quant._bits import (
 from jopt.quant._calibrate import accumulate, calibrate, finalise_states, merge_states
 from jopt.quant._calibrated import format_report, quantize_calibrated_params
 from jopt.quant._centroids import codebooks, with_codebooks
-from jopt.quant._code_ranges import balanced_codes, signed_codes, unsigned_codes
-from jopt.quant._codebook import codebook, kmeans, nf4, normal_float
+from jopt.quant._code_ranges import CodeRange, balanced_codes, signed_codes, unsigned_codes
+from jopt.quant._codebook import codebook, kmeans, nf4, normal_float, normal_float_values
 from jopt.quant._dorefa import (
     dorefa_activations,
     dorefa_gradients,
@@ -60,6 +69,7 @@ from jopt.quant._dorefa import (
     dorefa_quantize_params,
     dorefa_weights,
 )
+from jopt.quant._drift import Drift, corrected_weights, drifted_error
 from jopt.quant._entropy import entropy
 from jopt.quant._equalize import equalize, equalize_params
 from jopt.quant._floats import (
@@ -75,7 +85,7 @@ from jopt.quant._floats import (
 from jopt.quant._gptq import as_stored, by_importance, gptq
 from jopt.quant._grids import Grid, affine, affine_zero, symmetric
 from jopt.quant._hadamard import hadamard_rotation
-from jopt.quant._histogram import histogram
+from jopt.quant._histogram import Histogram, histogram
 from jopt.quant._histogram_ranges import (
     entropy_range,
     entropy_search_range,
@@ -89,17 +99,25 @@ from jopt.quant._hqq import hqq
 from jopt.quant._kmeans import (
     density_codebook,
     linear_codebook,
+    lloyd,
     optimal_codebook,
     optimal_codebook_with_zero,
     random_codebook,
     tied_gradient,
 )
 from jopt.quant._learned import init_steps, lsq_params, lsq_quantize_params
-from jopt.quant._logarithmic import additive_powers_of_two, arithmetic_mean, log_domain, logarithmic
+from jopt.quant._logarithmic import (
+    additive_power_levels,
+    additive_powers_of_two,
+    arithmetic_mean,
+    log_domain,
+    logarithmic,
+)
 from jopt.quant._lsq import lsq, lsq_quantize
 from jopt.quant._lsq_init import lsq_init, lsq_init_mse
 from jopt.quant._lsq_plus import lsq_plus, lsq_plus_quantize
 from jopt.quant._lsq_plus_init import lsq_plus_init, lsq_plus_init_weights
+from jopt.quant._nearest import nearest_codes
 from jopt.quant._outcome import Outcome, output_error
 from jopt.quant._pact import pact, pact_init
 from jopt.quant._params import fake_quantize_params, quantize_params
@@ -118,6 +136,7 @@ from jopt.quant._reestimate import average_statistics, population_statistics, re
 from jopt.quant._smooth import smooth_quant, smoothed_inputs
 from jopt.quant._spec import QuantSpec
 from jopt.quant._statistics import (
+    Extremes,
     InputStatistics,
     Statistic,
     extremes,
@@ -141,7 +160,11 @@ from jopt.quant._xnor import sign_activations, xnor_conv, xnor_dense, xnor_scali
 
 __all__ = [
     "Adequacy",
+    "CodeRange",
+    "Drift",
+    "Extremes",
     "Grid",
+    "Histogram",
     "InputStatistics",
     "Layer",
     "LayerReport",
@@ -151,13 +174,16 @@ __all__ = [
     "Statistic",
     "TernaryBits",
     "TernaryScales",
+    "Usage",
     "absmax",
     "accumulate",
     "activation_adequacy",
     "activation_ranges",
     "adaround",
+    "additive_power_levels",
     "additive_powers_of_two",
     "adequacy",
+    "advice",
     "affine",
     "affine_zero",
     "arithmetic_mean",
@@ -176,6 +202,7 @@ __all__ = [
     "codebooks",
     "correct_bias",
     "correct_biases",
+    "corrected_weights",
     "density_codebook",
     "dorefa_activations",
     "dorefa_gradients",
@@ -183,6 +210,7 @@ __all__ = [
     "dorefa_quantize",
     "dorefa_quantize_params",
     "dorefa_weights",
+    "drifted_error",
     "e4m3",
     "e5m2",
     "encode",
@@ -196,6 +224,7 @@ __all__ = [
     "fake_binarize_params",
     "fake_quantize",
     "fake_quantize_params",
+    "fake_quantize_within",
     "finalise_states",
     "find_layers",
     "fit_levels",
@@ -203,6 +232,7 @@ __all__ = [
     "fold_batch_norms",
     "format_adequacy",
     "format_report",
+    "from_matrix",
     "gptq",
     "hadamard_rotation",
     "histogram",
@@ -213,6 +243,7 @@ __all__ = [
     "kmeans",
     "layer_inputs",
     "linear_codebook",
+    "lloyd",
     "log_domain",
     "logarithmic",
     "lsq",
@@ -239,8 +270,10 @@ __all__ = [
     "mxfp6_e3m2",
     "mxfp8_e4m3",
     "mxfp8_e5m2",
+    "nearest_codes",
     "nf4",
     "normal_float",
+    "normal_float_values",
     "nvfp4",
     "optimal_codebook",
     "optimal_codebook_with_zero",
@@ -276,6 +309,7 @@ __all__ = [
     "ternary_matmul",
     "ternary_optimal",
     "tied_gradient",
+    "to_matrix",
     "together",
     "ttq",
     "ttq_init",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jopt._arrays import materialize
+from jopt._arrays import materialize, working_dtype
 from jopt._layers import Layer, map_inputs
 from jopt.quant._calibrate import Apply, accumulate, finalise_states, scans_only
 from jopt.quant._histogram import histogram
@@ -36,7 +36,7 @@ def _check_spec(spec: QuantSpec) -> None:
 
 @partial(jax.jit, static_argnames="spec")
 def _within(values: jax.Array, low: jax.Array, high: jax.Array, spec: QuantSpec) -> jax.Array:
-    exact = jnp.promote_types(values.dtype, jnp.float32)
+    exact = working_dtype(values.dtype)
     wide = jax.lax.stop_gradient(values).astype(exact)
     low, high = (jax.lax.stop_gradient(end).astype(exact) for end in (low, high))
     levels = spec.grid.fit(wide, low, high, spec.bits)
@@ -227,7 +227,7 @@ def quantize_inputs_dynamically(
 
     def change(layer: Layer, values: jax.Array, extra: Any) -> jax.Array:
         del extra
-        exact = jnp.promote_types(values.dtype, jnp.float32)
+        exact = working_dtype(values.dtype)
         wide = jax.lax.stop_gradient(values).astype(exact)
 
         def restore(low: jax.Array, high: jax.Array) -> jax.Array:

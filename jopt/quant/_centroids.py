@@ -30,11 +30,10 @@ def codebooks(params: Any) -> Any:
       ValueError: there is no CodebookTensor.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jopt import CodebookTensor, materialize
+      >>> import jax.numpy as jnp
+      >>> from jopt import CodebookTensor, quant
       >>> leaf = CodebookTensor(jnp.array([2, 0, 2], jnp.uint2), jnp.array([[-1.0, 0.0, 4.0]]))
-      >>> trained = codebooks({"w": leaf, "b": jnp.ones(2)})
-      >>> trained
+      >>> quant.codebooks({"w": leaf, "b": jnp.ones(2)})
       {'b': None, 'w': Array([[-1.,  0.,  4.]], dtype=float32)}
 
     References:
@@ -67,10 +66,10 @@ def with_codebooks(params: Any, trained: Any) -> Any:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jopt import CodebookTensor, materialize
+      >>> from jopt import CodebookTensor, materialize, quant
       >>> leaf = CodebookTensor(jnp.array([2, 0, 2], jnp.uint2), jnp.array([[-1.0, 0.0, 4.0]]))
-      >>> loss = lambda table: materialize(with_codebooks(leaf, table)).sum()
-      >>> jax.grad(loss)(codebooks(leaf))
+      >>> loss = lambda table: materialize(quant.with_codebooks(leaf, table)).sum()
+      >>> jax.grad(loss)(quant.codebooks(leaf))
       Array([[1., 0., 2.]], dtype=float32)
 
     References:

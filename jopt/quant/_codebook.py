@@ -64,8 +64,9 @@ def codebook(values: tuple[float, ...]) -> Grid:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant import QuantSpec, quantize
-      >>> leaf = quantize(jnp.array([6.0, 2.0, -0.5]), QuantSpec(2, (), grid=codebook((-1, 0, 2))))
+      >>> from jopt import quant
+      >>> spec = quant.QuantSpec(2, (), grid=quant.codebook((-1, 0, 2)))
+      >>> leaf = quant.quantize(jnp.array([6.0, 2.0, -0.5]), spec)
       >>> leaf.codes, leaf.scale
       (Array([2, 1, 1], dtype=uint2), Array([3.], dtype=float32))
     """
@@ -141,9 +142,9 @@ def normal_float(bits: int) -> Grid:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant import QuantSpec, quantize
-      >>> leaf = quantize(jnp.array([-4.0, 0.1, 2.0]), QuantSpec(2, (), grid=normal_float(2)))
-      >>> leaf.codes
+      >>> from jopt import quant
+      >>> spec = quant.QuantSpec(2, (), grid=quant.normal_float(2))
+      >>> quant.quantize(jnp.array([-4.0, 0.1, 2.0]), spec).codes
       Array([0, 1, 2], dtype=uint2)
 
     References:

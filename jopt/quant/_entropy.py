@@ -122,6 +122,7 @@ def entropy(bits: int = 8, bins: int = 2048, candidates: int = 64) -> Range:
     def search(
         values: jax.Array, axes: tuple[int, ...], restore: Restore | None = None
     ) -> tuple[jax.Array, jax.Array]:
+        """Cut each block where the divergence is least: see `entropy`."""
         del restore
         low, high = minmax(values, axes)
         last = tuple(range(values.ndim - len(axes), values.ndim))

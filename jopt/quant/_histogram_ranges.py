@@ -90,6 +90,7 @@ def percentile_range(percent: float) -> Method:
     check_percent(percent)
 
     def method(figures: Histogram, spec: QuantSpec) -> Ends:
+        """Cut a histogram at a percentile: see `percentile_range`."""
         del spec
         _need_histogram(figures)
         counts = folded_counts(figures).astype(jnp.float32)
@@ -158,6 +159,7 @@ def mse_search_range(candidates: int = 48, smallest: float = 0.1) -> Method:
     factors = shrink_factors(candidates, smallest)
 
     def method(figures: Histogram, spec: QuantSpec) -> Ends:
+        """Cut a histogram where the squared error is least: see `mse_search_range`."""
         _need_histogram(figures)
         points, shares = _points(figures)
         unit = jnp.maximum(jnp.abs(figures.low), jnp.abs(figures.high))
@@ -205,6 +207,7 @@ def entropy_search_range(candidates: int = 128) -> Method:
         raise ValueError(f"candidates must be a whole number of at least 1, not {candidates!r}.")
 
     def method(figures: Histogram, spec: QuantSpec) -> Ends:
+        """Cut a histogram where the divergence is least: see `entropy_search_range`."""
         _need_histogram(figures)
         threshold = entropy_threshold(figures, spec.grid, spec.bits, candidates)
         return clip_range(figures.low, figures.high, threshold)

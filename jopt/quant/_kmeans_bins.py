@@ -11,8 +11,10 @@ References: P. Panter and W. Dite, "Quantization distortion in pulse-count modul
 nonuniform spacing of levels", 1951, https://doi.org/10.1109/JRPROC.1951.230419.
 """
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -47,19 +49,31 @@ class _Nodes(NamedTuple):
     below: Array
 
 
+@partial(jax.jit, static_argnums=2)
 def summarize(values: Array, weights: Array | None, count: int) -> Bins:
-    """Reduce flat float32 `values` to bins fine enough for an optimal codebook of `count`.
+    """Reduce values to bins fine enough for an optimal codebook of `count` entries.
 
-    A value that is not finite gives an occupied bin whose mean is not finite.
+    A value that is not finite gives an occupied bin whose mean is not finite. The size of the
+    result depends on `count` and `is_short(values)` alone, so that what follows is compiled once.
+
+    Args:
+      values: floating-point, any shape, taken as float32.
+      weights: of the same shape, or None for one each.
+      count: static.
+
+    Returns:
+      The bins.
     """
+    flat = jnp.asarray(values, jnp.float32).reshape(-1)
+    weights = None if weights is None else jnp.asarray(weights, jnp.float32).reshape(-1)
     if is_short(values):
-        return _compact(*_sort(values, weights))
-    return _compact(*_histogram(values, weights, max(_BINS_PER_CLUSTER * count, _LEAST_BINS)))
+        return _compact(*_sort(flat, weights))
+    return _compact(*_histogram(flat, weights, max(_BINS_PER_CLUSTER * count, _LEAST_BINS)))
 
 
 def is_short(values: Array) -> bool:
     """Return whether each distinct value gets a bin of its own."""
-    return values.size <= _SORTED
+    return jnp.size(values) <= _SORTED
 
 
 def order_key(values: Array) -> Array:
@@ -98,7 +112,7 @@ def _sort(values: Array, weights: Array | None) -> tuple[Array, Array]:
     ordered, weights = lax.sort((values, weights), num_keys=1)
     first = jnp.append(jnp.array([True]), ordered[1:] != ordered[:-1])
     index = cumulate(first.astype(jnp.int32)) - 1
-    zeros = jnp.zeros(_pad(values.size), jnp.float32)
+    zeros = jnp.zeros(_SORTED, jnp.float32)
     return zeros.at[index].add(weights), zeros.at[index].set(ordered)
 
 
@@ -190,3 +204,9 @@ def _compact(mass: Array, mean: Array) -> Bins:
     packed = jnp.zeros(mass.size, jnp.float32).at[target].set(mass, mode="drop")
     means = jnp.full(mass.size, jnp.inf, jnp.float32).at[target].set(mean, mode="drop")
     return Bins(packed, means, index[-1])
+
+
+def is_sound(bins: Bins) -> Array:
+    """Return whether all values and weights were finite."""
+    filled = jnp.arange(bins.mass.size) < bins.used
+    return jnp.all(~filled | (jnp.isfinite(bins.mean) & jnp.isfinite(bins.mass)))

@@ -29,26 +29,29 @@ _ROUNDING = 1e-7
 
 
 class _Sums(NamedTuple):
-    """Running sums, each as an unevaluated sum of two floats, so that differences are exact."""
+    """Running sums (2, size + 1) of mass and moment; two floats each, so differences are exact."""
 
     high: Array
     low: Array
 
     def between(self, lower: Array, upper: Array) -> Array:
-        """Return what lies between two positions."""
-        return (self.high[upper] - self.high[lower]) + (self.low[upper] - self.low[lower])
+        """Return the mass and the moment of what lies between two positions."""
+        high, low = (
+            self.high[:, upper] - self.high[:, lower],
+            self.low[:, upper] - self.low[:, lower],
+        )
+        return high + low
 
 
 class _Data(NamedTuple):
-    """Bins with means about their common mean, and running sums of mass and mass * mean.
+    """Bins with means about their common mean; a moment is the sum of mass * mean.
 
     If `spare`, the first cluster is to be left empty.
     """
 
     mass: Array
     mean: Array
-    mass_sums: _Sums
-    moment_sums: _Sums
+    sums: _Sums
     spare: Array
 
 
@@ -60,6 +63,7 @@ class _Sweep(NamedTuple):
     window: int
 
 
+@partial(jax.jit, static_argnums=1)
 def optimal_means(bins: Bins, clusters: int, spare: Array | bool = False) -> Array:
     """Return the means (clusters,) of an optimal partition of `bins`, in rising order.
 
@@ -68,15 +72,17 @@ def optimal_means(bins: Bins, clusters: int, spare: Array | bool = False) -> Arr
     """
     filled = jnp.arange(bins.mass.size) < bins.used
     reach = jnp.max(jnp.where(filled, jnp.abs(bins.mean), 0.0))
-    # A power of two, so that scaling is exact; squares then neither overflow nor vanish.
-    scale = jnp.exp2(-jnp.floor(jnp.log2(jnp.clip(reach, TINY, 1e38))))
+    # A power of two by its bits: scaling is exact, squares neither overflow nor vanish.
+    exponent = jnp.clip(lax.bitcast_convert_type(reach, jnp.int32) >> 23, 1, 253)
+    scale = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
     scaled = jnp.where(filled, bins.mean * scale, 0.0)
     origin = jnp.sum(scaled * (bins.mass / jnp.maximum(jnp.sum(bins.mass), TINY)))
     mean = jnp.where(filled, scaled - origin, 0.0)
     spare = jnp.asarray(spare)
-    data = _Data(bins.mass, mean, _running(bins.mass), _running(mean * bins.mass), spare)
+    sums = _running(jnp.stack([bins.mass, mean * bins.mass]))
+    data = _Data(bins.mass, mean, sums, spare)
     bounds = _optimize(data, _first_bounds(data, bins.used, clusters))
-    means = (origin + _centres(data, bounds)) / scale
+    means = (origin + _clusters(data, bounds)[1]) / scale
     first = bins.mean[jnp.minimum(bounds[:-1], bins.used - 1)]
     means = jnp.where(bounds[1:] - bounds[:-1] == 1, first, means)
     # An empty cluster repeats the one before; if there is none, the last.
@@ -117,15 +123,17 @@ def _add(total: _Sums, part: Array) -> _Sums:
 
 
 def _running(parts: Array) -> _Sums:
-    """Return the sums before each position, and after the last."""
-    rows = cumulate_rows(parts.reshape(-1, ROW))
-    zero = _Sums(jnp.zeros((), parts.dtype), jnp.zeros((), parts.dtype))
+    """Return the sums before each position, and after the last, of each row."""
+    rows = cumulate_rows(parts.reshape(len(parts), -1, ROW))
+    zero = jnp.zeros(len(parts), jnp.float32)
     whole, before = lax.scan(
-        lambda total, row: (_add(total, row), total), zero, rows[:, -1], unroll=8
+        lambda total, row: (_add(total, row), total), _Sums(zero, zero), rows[:, :, -1].T, unroll=8
     )
-    inside = jnp.pad(rows[:, :-1], ((0, 0), (1, 0)))
-    sums = _add(jax.tree.map(lambda part: jnp.repeat(part[:, None], ROW, 1), before), inside)
-    return jax.tree.map(lambda part, last: jnp.append(part.reshape(-1), last), sums, whole)
+    inside = jnp.pad(rows[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
+    sums = _add(jax.tree.map(lambda part: jnp.repeat(part.T[:, :, None], ROW, 2), before), inside)
+    return jax.tree.map(
+        lambda part, last: jnp.append(part.reshape(len(parts), -1), last[:, None], 1), sums, whole
+    )
 
 
 def _first_bounds(data: _Data, used: Array, clusters: int) -> Array:
@@ -143,14 +151,15 @@ def _first_bounds(data: _Data, used: Array, clusters: int) -> Array:
     return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, used[None]])
 
 
-def _centres(data: _Data, bounds: Array) -> Array:
-    count = data.mass_sums.between(bounds[:-1], bounds[1:])
-    return data.moment_sums.between(bounds[:-1], bounds[1:]) / jnp.maximum(count, TINY)
+def _clusters(data: _Data, bounds: Array) -> tuple[Array, Array]:
+    """Return the mass and the mean of what lies between neighbouring positions."""
+    mass, moment = data.sums.between(bounds[:-1], bounds[1:])
+    return mass, moment / jnp.maximum(mass, TINY)
 
 
 def _error(data: _Data, bounds: Array) -> Array:
     marks = jnp.zeros(data.mass.size + 1, jnp.int32).at[bounds[1:-1]].add(1)
-    nearest = _centres(data, bounds)[cumulate(marks[:-1])]
+    nearest = _clusters(data, bounds)[1][cumulate(marks[:-1])]
     return jnp.sum(data.mass * jnp.square(data.mean - nearest))
 
 
@@ -198,8 +207,7 @@ def _coarse_sweep(data: _Data, sweep: _Sweep, bounds: Array) -> tuple[Array, Arr
 
 def _interval_errors(data: _Data, marks: Array, span: int) -> Array:
     """Return (span + 1, marks) errors: of one cluster of the `l` parts before mark `v`."""
-    count = data.mass_sums.between(marks[:-1], marks[1:])
-    means = data.moment_sums.between(marks[:-1], marks[1:]) / jnp.maximum(count, TINY)
+    count, means = _clusters(data, marks)
     count, means = jnp.pad(count, (span, 0)), jnp.pad(means, (span, 0))
     inside = jnp.arange(marks.size)
 
@@ -226,13 +234,11 @@ def _fine_sweep(data: _Data, bounds: Array) -> tuple[Array, Array]:
     the first term changes only by what crosses a boundary: numbers as small as the change itself.
     """
     clusters = bounds.size - 1
-    centre = _centres(data, bounds)
-    count = data.mass_sums.between(bounds[:-1], bounds[1:])
+    count, centre = _clusters(data, bounds)
     here = jnp.arange(_FINE_WINDOW, dtype=jnp.int32)[None, :] - _FINE_WINDOW // 2
     places = jnp.clip(bounds[:, None] + here, 0, bounds[-1]).at[0].set(0)
     places = places.at[1].set(jnp.where(data.spare, 0, places[1])).at[-1].set(bounds[-1])
-    moved = data.mass_sums.between(bounds[:, None], places)
-    moment = data.moment_sums.between(bounds[:, None], places)
+    moved, moment = data.sums.between(bounds[:, None], places)
     # Moments of what crosses a boundary, about the mean to its right and about that to its left.
     right = moment[:-1] - centre[:, None] * moved[:-1]
     left = moment[1:] - centre[:, None] * moved[1:]

@@ -120,13 +120,12 @@ def logarithmic(base: float = 2.0, rounding: Bounds = log_domain) -> Grid:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt import materialize
-      >>> from jopt.quant import QuantSpec, quantize
+      >>> from jopt import quant
       >>> values = jnp.array([-8.0, 5.7, 2.9, 1.0, 0.0])
-      >>> materialize(quantize(values, QuantSpec(3, (), grid=logarithmic())))
+      >>> quant.fake_quantize(values, quant.QuantSpec(3, (), grid=quant.logarithmic()))
       Array([-8.,  8.,  4.,  0.,  0.], dtype=float32)
-      >>> nearest = logarithmic(2.0, arithmetic_mean)
-      >>> materialize(quantize(values, QuantSpec(3, (), grid=nearest)))
+      >>> nearest = quant.logarithmic(2.0, quant.arithmetic_mean)
+      >>> quant.fake_quantize(values, quant.QuantSpec(3, (), grid=nearest))
       Array([-8.,  4.,  2.,  0.,  0.], dtype=float32)
 
     References:

@@ -128,6 +128,7 @@ def percentile(percent: float) -> Range:
     def cut(
         values: jax.Array, axes: tuple[int, ...], restore: Restore | None = None
     ) -> tuple[jax.Array, jax.Array]:
+        """Cut each block at a percentile of its magnitudes: see `percentile`."""
         del restore
         low, high = minmax(values, axes)
         rank = share_rank(percent, math.prod(values.shape[axis] for axis in axes))

@@ -73,29 +73,28 @@ def _fit(
 
     low, high = spec.range(blocks, within, restore)
     levels = spec.grid.fit(blocks, low, high, spec.bits)
-    scale = _main_scale(levels, blocks.dtype)
-    if scale is not None and dtype != blocks.dtype:
+    if dtype == blocks.dtype:
+        return levels, low, high
+    if getattr(levels, "global_scale", None) is not None:
+        return _with_global_scale(levels, dtype), low, high
+    scale = getattr(levels, "scale", None)
+    if scale is not None and scale.dtype == blocks.dtype:
         # The scale is stored in the narrow dtype of the values: stretch the range so that the
         # codes are taken with the scale that they will be restored with.
         stored = jnp.maximum(scale.astype(dtype), jnp.finfo(dtype).tiny).astype(blocks.dtype)
         low, high = low * (stored / scale), high * (stored / scale)
-        levels = spec.grid.fit(blocks, low, high, spec.bits)
-        levels = _with_main_scale(levels, stored)
+        levels = spec.grid.fit(blocks, low, high, spec.bits).replace(scale=stored)
     return levels, low, high
 
 
-def _main_scale(levels: Levels, dtype: Any) -> jax.Array | None:
-    """Return the scale that is stored in the dtype of the values, if there is one."""
-    for name in ("global_scale", "scale"):
-        scale = getattr(levels, name, None)
-        if scale is not None and scale.dtype == dtype:
-            return scale
-    return None
-
-
-def _with_main_scale(levels: Levels, scale: jax.Array) -> Levels:
-    name = "global_scale" if getattr(levels, "global_scale", None) is not None else "scale"
-    return levels.replace(**{name: scale})
+def _with_global_scale(levels: Levels, dtype: Any) -> Levels:
+    """Round the scale of all blocks to a narrow dtype; those of single blocks make up for it."""
+    wide = levels.global_scale.dtype
+    stored = jnp.maximum(levels.global_scale.astype(dtype), jnp.finfo(dtype).tiny).astype(wide)
+    smallest = jnp.finfo(levels.scale.dtype).smallest_subnormal.astype(wide)
+    scale = levels.scale.astype(wide) * (levels.global_scale / stored)
+    scale = jnp.maximum(scale, smallest).astype(levels.scale.dtype)
+    return levels.replace(global_scale=stored, scale=scale)
 
 
 def narrowed(leaf: Leaf, wide: Any, narrow: Any) -> Leaf:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jopt._arrays import working_dtype
 from jopt.quant._outcome import Outcome, from_rows, keep_better, to_rows
-from jopt.quant._quantize import check_values, encode, fit_levels, narrowed, quantize, split_blocks
+from jopt.quant._quantize import check_values, encode, fit_levels, narrowed, quantize
 from jopt.quant._range_search import block_loss, search_range, shrink_factors
 from jopt.quant._ranges import Restore, minmax
 from jopt.quant._spec import QuantSpec
@@ -37,14 +38,15 @@ def _quantize_weighted(
     candidates: int,
     smallest: float,
 ) -> tuple[Any, Outcome]:
-    exact = jnp.promote_types(weights.dtype, jnp.float32)
-    importance = split_blocks(row_importance(weights, statistics).astype(exact), spec)
+    exact = working_dtype(weights.dtype)
+    importance = row_importance(weights, statistics).astype(exact)
     factors = shrink_factors(candidates, smallest)
 
     def weighted(
         values: jax.Array, axes: tuple[int, ...], restore: Restore
     ) -> tuple[jax.Array, jax.Array]:
-        loss = block_loss(values, axes, restore, importance=importance)
+        # Blocks are the weights in another shape.
+        loss = block_loss(values, axes, restore, importance=importance.reshape(values.shape))
         return search_range(*minmax(values, axes), factors, loss)
 
     levels = fit_levels(weights, dataclasses.replace(spec, range=weighted))
