@@ -15,7 +15,7 @@ LEARNED = ("LSQ", "LSQ+", "PACT")
 
 
 def joined(by_seed: list[list[Row]]) -> list[Row]:
-    """Join the rows of all seeds: lists over seeds, means, and the spread from lowest to highest."""
+    """Join the rows of all seeds: lists, means, and the spread from lowest to highest."""
     found = []
     for rows in zip(*by_seed, strict=True):
         tests = [row["test"] for row in rows]
@@ -120,7 +120,7 @@ def table(results: dict[str, Any], console: Console) -> None:
 
 
 def plot(rows: list[Row], file: Path) -> None:
-    """Draw test accuracy against bytes: the best method of each format, after and through training."""
+    """Draw test accuracy against bytes: the best method of each format."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
 """Recipes that train the network through quantization, each a handful of functions.
 
 A recipe trains one tree, `{"params": ..., ...}`: the parameters and whatever is learned beside them
-ride in one optimizer. What stays as it was at the start (codes, calibrated levels) is a second tree;
-everything else here is a function of both together. The first and the last kernel have eight bits
-everywhere.
+ride in one optimizer. What stays as it was at the start (codes, calibrated levels) is a second
+tree; everything else here is a function of both together. The first and the last kernel have eight
+bits everywhere.
 """
 
 import dataclasses

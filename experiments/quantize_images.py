@@ -95,9 +95,10 @@ class Run:
     def __init__(self, settings: Settings, data: _data.Dataset, work: Path, say: Any) -> None:
         """Put the data on the device."""
         self.settings, self.data, self.work, self.say = settings, data, work, say
-        self.train = tuple(map(jnp.asarray, data.train))
-        self.validation = tuple(map(jnp.asarray, data.validation))
-        self.test = tuple(map(jnp.asarray, data.test))
+        self.train, self.validation, self.test = (
+            (jnp.asarray(images), jnp.asarray(labels))
+            for images, labels in (data.train, data.validation, data.test)
+        )
         self.steps = max(1, len(data.train[1]) // settings.batch)
         # Made once, so that what is compiled for one seed serves the others.
         self.rows, self.recipes = _after_training.rows(), _through_training.recipes()
@@ -125,10 +126,11 @@ class Run:
             return restored[0], float(restored[1])
         began = time.monotonic()
         carry = _train.start(tree, tx, key)
-        batch = min(self.settings.batch, len(self.train[1]))
+        images, labels = self.train
+        batch = min(self.settings.batch, len(labels))
         for epoch in range(epochs):
-            order = _train.epoch_order(jax.random.fold_in(key, epoch), len(self.train[1]), batch)
-            carry, losses = _train.run_epoch(step, carry, *self.train, order, fixed)
+            order = _train.epoch_order(jax.random.fold_in(key, epoch), len(labels), batch)
+            carry, losses = _train.run_epoch(step, carry, images, labels, order, fixed)
             self.say(f"{file}: epoch {epoch + 1}/{epochs}, loss {float(losses.mean()):.4f}")
         seconds = time.monotonic() - began
         _checkpoint.save(path, (carry.params, np.float32(seconds)))

@@ -53,7 +53,7 @@ class QTensor(_Shaped):
       Array([[-1.5,  0. ,  1. ]], dtype=float32)
     """
 
-    codes: jax.Array
+    codes: Any
     scale: jax.Array
     zero_point: jax.Array | None = None
 
@@ -90,7 +90,7 @@ class CodebookTensor(_Shaped):
       Array([ 4., -1.,  4.], dtype=float32)
     """
 
-    codes: jax.Array
+    codes: Any
     codebook: jax.Array
     scale: jax.Array | None = None
 
@@ -126,7 +126,7 @@ class FloatTensor(_Shaped):
       Array([ 0.75, -3.  ], dtype=float32)
     """
 
-    codes: jax.Array
+    codes: Any
     scale: jax.Array
     global_scale: jax.Array | None = None
 

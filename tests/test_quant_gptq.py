@@ -6,11 +6,13 @@ import pytest
 
 import jopt
 from jopt import quant
+from jopt._leaves import CodebookTensor
 from jopt.quant import QuantSpec
-from jopt.quant._codebook import kmeans, nf4
-from jopt.quant._floats import mxfp4, nvfp4
+from jopt.quant._codebook import nf4
+from jopt.quant._floats import nvfp4
 from jopt.quant._gptq import as_stored, by_importance, gptq
 from jopt.quant._statistics import InputStatistics, input_statistics
+from jopt.quant._tables import encode_nearest
 from tests import oracles_gptq as oracles
 
 affine = {"range": quant.minmax, "grid": quant.affine}
@@ -97,11 +99,19 @@ def test_rows_of_several_panels_give_the_codes_of_the_paper():
     assert mine == pytest.approx(theirs, rel=5e-3)
 
 
+def squares_between(values, low, high, bits):
+    shares = jnp.square(jnp.linspace(0.0, 1.0, 2**bits))
+    width = (high - low)[..., None]
+    return CodebookTensor(None, low[..., None] + width * shares.reshape((1,) * values.ndim + (-1,)))  # pyright: ignore[reportArgumentType]
+
+
+squares = quant.Grid(
+    squares_between, encode_nearest, lambda *args: (encode_nearest(*args), encode_nearest(*args))
+)
+
 FORMATS = {
     "one_bit": QuantSpec(1, (8, 1)),
-    "nf4": QuantSpec(4, (8, 1), grid=nf4),
-    "kmeans": QuantSpec(2, (1,), grid=kmeans),
-    "mxfp4": QuantSpec(4, (8, 1), grid=mxfp4),
+    "own_table_for_each_output": QuantSpec(2, (1,), quant.minmax, squares),
     "nvfp4": QuantSpec(4, (8, 1), grid=nvfp4),
 }
 
@@ -139,12 +149,11 @@ def test_a_kernel_of_many_axes_is_its_matrix(shape, block):
     assert bool(outcome.improved)
 
 
-@pytest.mark.parametrize("block", [(), (1, 2)])
-def test_groups_have_inputs_of_their_own(block):
+def test_groups_have_inputs_of_their_own():
     weights = kernel_of(8, (3, 3, 2, 8))
     parts = [statistics_of(mixed(seed, 18)) for seed in (9, 10)]
     statistics = jax.tree.map(lambda *fields: jnp.stack(fields), *parts)
-    spec = QuantSpec(3, block)
+    spec = QuantSpec(3, (1, 2))
     leaf, outcome = gptq(weights, statistics, spec)
     assert bool(outcome.improved)
     table = levels_of(quant.quantize(weights, spec), 3).reshape(18, 8, -1)

@@ -1,5 +1,7 @@
 """Compressed leaves inside scans, maps and stacked modules: what qwix-like tools stumble over."""
 
+from typing import Any
+
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -103,11 +105,12 @@ def test_methods_after_training_reach_scanned_and_vmapped_modules(build, method)
     small, report = quant.quantize_calibrated_params(
         params, statistics, QuantSpec(3), getattr(quant, method)
     )
-    assert report[path].improved.shape == (3,)
+    outcome = report[path]
+    assert not isinstance(outcome, str) and outcome.improved.shape == (3,)
     outputs = [apply(tree, x) for tree in (params, jopt.materialize(small))]
     nearest = apply(jopt.materialize(quant.quantize_params(params, QuantSpec(3))), x)
     error = [float(jnp.mean((y - outputs[0]) ** 2)) for y in (outputs[1], nearest)]
-    assert error[0] < (1.0 if report[path].improved.any() else 1.0001) * error[1] * 1.05
+    assert error[0] < 1.05 * error[1]
 
 
 def test_weight_only_convolutions_are_quantized_by_every_method():
@@ -119,7 +122,10 @@ def test_weight_only_convolutions_are_quantized_by_every_method():
 
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 2))
     params = Net().init(jax.random.key(0), x)["params"]
-    apply = lambda params, x: Net().apply({"params": params}, x)  # noqa: E731
+
+    def apply(params, x) -> Any:
+        return Net().apply({"params": params}, x)
+
     statistics = quant.calibrate(apply, params, [x])
     for method in (quant.gptq, quant.awq, quant.quantize_weighted):
         small, report = quant.quantize_calibrated_params(params, statistics, QuantSpec(3), method)

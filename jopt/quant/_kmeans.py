@@ -91,8 +91,8 @@ def optimal_codebook_with_zero(values: Array, count: int) -> Array:
       ValueError: `count` is below 2, or `values` is empty or too long.
 
     Example:
-      >>> optimal_codebook_with_zero(jnp.array([0.0, -3.0, 0.0, 5.0, 7.0]), 3)
-      Array([-3.,  0.,  6.], dtype=float32)
+      >>> optimal_codebook_with_zero(jnp.array([0.0, 4.0, 0.0, 5.0, 9.0]), 2)
+      Array([0., 6.], dtype=float32)
 
     References:
       Han, Mao, and Dally, "Deep Compression", 2016, https://arxiv.org/abs/1510.00149, section 3:
@@ -218,9 +218,10 @@ def _zeros(values: Array) -> tuple[Array, Array]:
 def _finish(bins: Bins, codebook: Array, zero: Array) -> Array:
     """Put a zero in the place of the last entry, a repetition, if asked to; answer for bad data."""
     with_zero = codebook.at[-1].set(0.0)
-    # There is nothing but zeros if no bin is used.
+    # If no bin is used, there is nothing but zeros, or nothing at all.
     with_zero = jnp.sort(jnp.where((with_zero == 0) | (bins.used == 0), 0.0, with_zero))
-    return jnp.where(is_sound(bins), jnp.where(zero, with_zero, codebook), jnp.nan)
+    sound = is_sound(bins) & (zero | (bins.used > 0))
+    return jnp.where(sound, jnp.where(zero, with_zero, codebook), jnp.nan)
 
 
 @jax.jit
