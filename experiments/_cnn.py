@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments import _convolution, _models, _train
-from jopt import BitTensor, CodebookTensor, QTensor, materialize, quant
+from jopt import is_compressed, materialize, quant
 
 Tree = Any
 LAYERS = ("conv1", "conv2", "conv3", "dense1", "dense2")
@@ -91,11 +91,9 @@ def estimate(params: Tree, change: _models.ChangeInputs, images: Array, batch: i
 def _with_factor(leaf: Any, factor: Array) -> Any:
     """Multiply a leaf by one factor for each output."""
     factor = factor.reshape((1,) * (leaf.ndim - 1) + (-1,))
-    if isinstance(leaf, CodebookTensor) and leaf.scale is None:
-        return leaf.replace(scale=factor)
-    if isinstance(leaf, (QTensor, CodebookTensor, BitTensor)):
-        return leaf.replace(scale=leaf.scale * factor)
-    return leaf * factor
+    if not is_compressed(leaf):
+        return leaf * factor
+    return leaf.replace(scale=factor if leaf.scale is None else leaf.scale * factor)
 
 
 def fold(params: Tree, averages: Tree) -> Tree:

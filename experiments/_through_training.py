@@ -292,7 +292,7 @@ def everything(bits: int, epochs: int = 3) -> list[Recipe]:
                 layer: jnp.stack([0.0, jnp.abs(clip) / _top(bits), jnp.float32(_top(bits))])
                 for layer, clip in tree["clips"].items()
             },
-            penalty=lambda tree: 1e-4 * sum(clip**2 for clip in tree["clips"].values()),
+            penalty=lambda tree: 1e-4 * jnp.square(jnp.stack(list(tree["clips"].values()))).sum(),
             epochs=epochs,
         ),
         Recipe(

@@ -1,12 +1,10 @@
 import sys; sys.path.insert(0, "/tmp/scratch_ptq")
-import pytest, chex
+import pytest
 import rows as R
-from tests.test_battery import *
-N = list(R.B.TRANSFORMS)
-import tests.test_battery as B
-@pytest.mark.parametrize("name", N)
-def test_a(name, network): B.test_jitted_equals_eager_and_the_input_is_untouched.__wrapped__(name, network) if hasattr(B.test_jitted_equals_eager_and_the_input_is_untouched,"__wrapped__") else B.test_jitted_equals_eager_and_the_input_is_untouched(name, network)
-@pytest.mark.parametrize("name", N)
+B = R.B
+@pytest.mark.parametrize("name", list(B.TRANSFORMS))
+def test_a(name, network): B.test_jitted_equals_eager_and_the_input_is_untouched(name, network)
+@pytest.mark.parametrize("name", list(B.TRANSFORMS))
 def test_b(name, network): B.test_vmapped_equals_one_by_one(name, network)
-@pytest.mark.parametrize("name", N)
+@pytest.mark.parametrize("name", list(B.TRANSFORMS))
 def test_c(name, network, images, tmp_path): B.test_what_was_saved_comes_back_bit_for_bit(name, network, images, tmp_path)

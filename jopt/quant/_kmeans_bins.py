@@ -121,7 +121,8 @@ def _histogram(values: Array, weights: Array | None, extra: int) -> tuple[Array,
     keys = order_key(values)
     first, second, nodes = _grow(keys, extra)
     index, offset = _descend(second, *_descend(first, *_root(keys)))
-    offset = offset.astype(jnp.float32)
+    # Both sums need these: without a barrier each would be computed twice.
+    index, offset = lax.optimization_barrier((index, offset.astype(jnp.float32)))
     size = nodes.first.size
     if weights is None:
         mass = _total(index, jnp.ones(keys.shape, jnp.int32), size).astype(jnp.float32)

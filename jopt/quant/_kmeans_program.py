@@ -99,7 +99,7 @@ def _optimize(data: _Data, bounds: Array) -> Array:
     wide = _Sweep(max(4, 128 // clusters), 128 if clusters <= 32 else 64, 512)
     for sweep, enough in ((wide, 0.03), (_Sweep(32, 96, 256), 0.003)):
         bounds = _repeat(partial(_coarse_sweep, data, sweep), bounds, enough)
-    return _repeat(partial(_fine_sweep, data), bounds, 1e-6)
+    return _repeat(partial(_fine_sweep, data), bounds, 1e-5)
 
 
 def _repeat(sweep: Callable[[Array], tuple[Array, Array]], bounds: Array, enough: float) -> Array:
