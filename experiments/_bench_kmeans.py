@@ -32,8 +32,8 @@ def optimum(values: np.ndarray, codebook: np.ndarray, runs: int) -> tuple[float,
     """Return the least mean squared error, and how far above the true one it may lie, relatively.
 
     The boundaries of the optimum are sought among the ends of `runs` runs of sorted values. To move
-    a boundary within a run of n values and width w costs at most 2 n w times the distance of the
-    two entries beside it; the distances are taken from `codebook`.
+    a boundary within a run of n values and width w costs at most 2 (n - 1) w times the distance of
+    the two entries beside it; the distances are taken from `codebook`.
     """
     count = codebook.size
     ordered = np.sort(values.astype(np.float64))
@@ -48,9 +48,10 @@ def optimum(values: np.ndarray, codebook: np.ndarray, runs: int) -> tuple[float,
     error = exact_error(mean, count, size) + inside
     book = codebook.astype(np.float64)
     run = np.searchsorted(ordered[start], (book[1:] + book[:-1]) / 2, side="right") - 1
-    run = np.clip(run, 0, start.size - 1)
-    width = np.append(ordered[start[1:]], ordered[-1])[run] - ordered[start][run]
-    return error, float(np.sum(2 * size[run] * width * np.diff(book)) / ordered.size / error)
+    run = np.maximum(run, 0)
+    width = ordered[start + size - 1][run] - ordered[start][run]
+    cost = 2 * (size[run] - 1) * width * np.diff(book)
+    return error, float(np.sum(cost) / ordered.size / error)
 
 
 def squared_error(values: np.ndarray, codebook: np.ndarray, codes: np.ndarray) -> float:
