@@ -22,7 +22,7 @@ DAMPING = 0.01
 _TORCH_BLOCK = 128  # the paper's
 
 try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 except ImportError:
     torch = None
 

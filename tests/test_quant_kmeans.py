@@ -150,6 +150,8 @@ def test_weights_count(size):
     weights = rng.exponential(size=size).astype(np.float32) * (rng.random(size) < 0.7)
     codebook = optimal_codebook(jnp.asarray(values), 16, jnp.asarray(weights))
     assert gap(values, 16, codebook, weights) < 1e-4
+    tiny = optimal_codebook(jnp.asarray(values), 16, jnp.asarray(weights) * 2.0**-90)
+    np.testing.assert_allclose(tiny, codebook, rtol=1e-5)
     few = jnp.where(jnp.arange(size) < 16, 1.0, 0.0)
     assert error(values[:16], optimal_codebook(jnp.asarray(values), 16, few)) == 0
 

@@ -247,7 +247,7 @@ def _separate(
         high = (-none).at[codes].max(jnp.where(used, values, -jnp.inf))
         width = jnp.where(low < high, high - low, 0.0)
         rank = jnp.argsort(jnp.argsort(-width)).astype(jnp.int32)
-        parted = (width > 0) & (rank < count - jnp.sum(low <= high))
+        parted = (width > 0) & (rank < count - jnp.sum(low <= high, dtype=jnp.int32))
         # An entry with one value becomes that value; the widest become their two ends.
         entries = jnp.where((width > 0) & ~parted, codebook, low)
         entries = jnp.sort(jnp.append(entries, jnp.where(parted, high, jnp.inf)))[:size]

@@ -132,7 +132,8 @@ def _histogram(values: Array, weights: Array | None, extra: int) -> tuple[Array,
     # Floats of one exponent are equally spaced, so the mean of keys is the key of the mean.
     low, high = _ends(nodes)
     steps = jnp.maximum((1 << nodes.below) - 1, 1).astype(jnp.float32)
-    return mass, low + (high - low) * (moment / jnp.maximum(mass, TINY) / steps)
+    inside = moment / jnp.where(mass > 0, mass, 1.0) / steps
+    return mass, low + (high - low) * inside
 
 
 def _grow(keys: Array, extra: int) -> tuple[Array, Array, _Nodes]:
@@ -209,5 +210,5 @@ def _compact(mass: Array, mean: Array) -> Bins:
 
 def is_sound(bins: Bins) -> Array:
     """Return whether all values and weights were finite."""
-    filled = jnp.arange(bins.mass.size) < bins.used
+    filled = jnp.arange(bins.mass.size, dtype=jnp.int32) < bins.used
     return jnp.all(~filled | (jnp.isfinite(bins.mean) & jnp.isfinite(bins.mass)))

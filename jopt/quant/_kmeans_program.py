@@ -43,6 +43,10 @@ class _Sums(NamedTuple):
         return high + low
 
 
+def _iota(size: int) -> Array:
+    return jnp.arange(size, dtype=jnp.int32)
+
+
 class _Data(NamedTuple):
     """Bins with means about their common mean; a moment is the sum of mass * mean.
 
@@ -70,17 +74,16 @@ def optimal_means(bins: Bins, clusters: int, spare: Array | bool = False) -> Arr
     With `spare`, which may be traced, there is one cluster less, and the last entry repeats the one
     before. Where there are no more bins than clusters, the means are those of the bins, exactly.
     """
-    filled = jnp.arange(bins.mass.size) < bins.used
+    filled = _iota(bins.mass.size) < bins.used
     reach = jnp.max(jnp.where(filled, jnp.abs(bins.mean), 0.0))
-    # A power of two by its bits: scaling is exact, squares neither overflow nor vanish.
-    exponent = jnp.clip(lax.bitcast_convert_type(reach, jnp.int32) >> 23, 1, 253)
-    scale = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
+    scale = _towards_one(reach)
     scaled = jnp.where(filled, bins.mean * scale, 0.0)
-    origin = jnp.sum(scaled * (bins.mass / jnp.maximum(jnp.sum(bins.mass), TINY)))
+    mass = bins.mass * _towards_one(jnp.max(bins.mass))
+    origin = jnp.sum(scaled * (mass / jnp.maximum(jnp.sum(mass), TINY)))
     mean = jnp.where(filled, scaled - origin, 0.0)
     spare = jnp.asarray(spare)
-    sums = _running(jnp.stack([bins.mass, mean * bins.mass]))
-    data = _Data(bins.mass, mean, sums, spare)
+    sums = _running(jnp.stack([mass, mean * mass]))
+    data = _Data(mass, mean, sums, spare)
     bounds = _optimize(data, _first_bounds(data, bins.used, clusters))
     means = (origin + _clusters(data, bounds)[1]) / scale
     first = bins.mean[jnp.minimum(bounds[:-1], bins.used - 1)]
@@ -89,8 +92,17 @@ def optimal_means(bins: Bins, clusters: int, spare: Array | bool = False) -> Arr
     means = lax.cummax(jnp.where(bounds[1:] > bounds[:-1], means, -jnp.inf))
     means = jnp.sort(jnp.where(means == -jnp.inf, means[-1], means))
     few = bins.used <= clusters - spare.astype(jnp.int32)
-    place = jnp.minimum(jnp.arange(clusters), bins.used - 1)
+    place = jnp.minimum(_iota(clusters), bins.used - 1)
     return jnp.where(few, bins.mean[place], means)
+
+
+def _towards_one(size: Array) -> Array:
+    """Return a power of two that brings `size` close to 1: to scale by it is exact.
+
+    It is made from bits (`exp2` is not exact), so that squares neither overflow nor vanish.
+    """
+    exponent = jnp.clip(lax.bitcast_convert_type(size, jnp.int32) >> 23, 1, 253)
+    return lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
 
 
 def _optimize(data: _Data, bounds: Array) -> Array:
@@ -138,15 +150,16 @@ def _running(parts: Array) -> _Sums:
 
 def _first_bounds(data: _Data, used: Array, clusters: int) -> Array:
     """Give each cluster the same integral of `density^(1/3)`, as the optimum of many would."""
-    filled = (jnp.arange(data.mass.size) < used).reshape(-1, _GROUP)
+    filled = (_iota(data.mass.size) < used).reshape(-1, _GROUP)
     group = jnp.where(filled, data.mean.reshape(-1, _GROUP), data.mean[used - 1])
     width, mass = group[:, -1] - group[:, 0], jnp.sum(data.mass.reshape(-1, _GROUP), 1)
-    members = jnp.maximum(jnp.sum(filled, 1), 1).astype(jnp.float32)
+    members = jnp.maximum(jnp.sum(filled, 1, dtype=jnp.int32), 1).astype(jnp.float32)
     share = jnp.cbrt(jnp.square(width) * mass) / members
     running = cumulate(jnp.where(filled, share[:, None], 0.0).reshape(-1))
     spare = data.spare.astype(jnp.int32)
-    part = (jnp.arange(1, clusters) - spare) / jnp.maximum(clusters - spare, 1)
-    wanted = running[-1] * part.astype(jnp.float32)
+    part = (_iota(clusters - 1) + 1 - spare).astype(jnp.float32)
+    part = part / jnp.maximum(clusters - spare, 1).astype(jnp.float32)
+    wanted = running[-1] * part
     inner = jnp.minimum(jnp.searchsorted(running, wanted).astype(jnp.int32), used)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), inner, used[None]])
 
@@ -174,31 +187,31 @@ def _coarse_sweep(data: _Data, sweep: _Sweep, bounds: Array) -> tuple[Array, Arr
     half = min(sweep.window, 2 * cut * clusters) // 2
     window = 2 * half
     start, width = bounds[:-1, None], (bounds[1:] - bounds[:-1])[:, None]
-    marks = (start + width * jnp.arange(cut, dtype=jnp.int32)[None, :] // cut).reshape(-1)
+    marks = (start + width * _iota(cut)[None, :] // cut).reshape(-1)
     marks = jnp.append(marks, bounds[-1])
     errors = _interval_errors(data, marks, span)
-    ends = jnp.arange(1, clusters + 1) * cut
-    before = jnp.sum(errors[cut].at[ends].get())
+    ends = (_iota(clusters) + 1) * cut
+    before = jnp.sum(errors[cut][ends])
     errors = jnp.pad(errors, ((0, 0), (half, half)), constant_values=jnp.inf)
     # Mark v has the offset v - cut m + half in the window of boundary m.
-    offsets = jnp.arange(window)[None, :] - jnp.arange(span + 1)[:, None] + (span + cut)
+    offsets = _iota(window)[None, :] - _iota(span + 1)[:, None] + (span + cut)
 
     def forward(best: Array, boundary: Array) -> tuple[Array, Array]:
         padded = jnp.pad(best, (span, cut), constant_values=jnp.inf)
-        last = lax.dynamic_slice(errors, (0, boundary * cut), (span + 1, window))
+        last = lax.dynamic_slice_in_dim(errors, boundary * cut, window, 1)
         best = jnp.min(padded[offsets] + last, 0)
-        forbidden = data.spare & (boundary == 1) & (jnp.arange(window) + cut - half > cut)
+        forbidden = data.spare & (boundary == 1) & (_iota(window) + cut - half > cut)
         return jnp.where(forbidden, jnp.inf, best), padded
 
     def backward(offset: Array, layer: tuple[Array, Array]) -> tuple[Array, Array]:
         padded, boundary = layer
         first = lax.dynamic_slice(padded, (offset + cut,), (span + 1,))[::-1]
-        last = lax.dynamic_slice(errors, (0, boundary * cut + offset), (span + 1, 1))[:, 0]
+        last = lax.dynamic_index_in_dim(errors, boundary * cut + offset, 1, False)
         offset = offset + cut - jnp.argmin(first + last).astype(jnp.int32)
         return offset, marks[(boundary - 1) * cut + offset - half]
 
     nowhere = jnp.full(window, jnp.inf, jnp.float32).at[half].set(0.0)
-    layers = jnp.arange(1, clusters + 1, dtype=jnp.int32)
+    layers = _iota(clusters) + 1
     best, padded = lax.scan(forward, nowhere, layers)
     _, chosen = lax.scan(backward, jnp.int32(half), (padded, layers), reverse=True)
     gain = (before - best[half]) / jnp.maximum(before, TINY)
@@ -209,7 +222,7 @@ def _interval_errors(data: _Data, marks: Array, span: int) -> Array:
     """Return (span + 1, marks) errors: of one cluster of the `l` parts before mark `v`."""
     count, means = _clusters(data, marks)
     count, means = jnp.pad(count, (span, 0)), jnp.pad(means, (span, 0))
-    inside = jnp.arange(marks.size)
+    inside = _iota(marks.size)
 
     def widen(state: tuple[Array, Array, Array], length: Array) -> tuple[Any, Array]:
         mass, centre, error = state
@@ -222,7 +235,7 @@ def _interval_errors(data: _Data, marks: Array, span: int) -> Array:
         )
 
     zero = jnp.zeros(marks.size, jnp.float32)
-    _, errors = lax.scan(widen, (zero, zero, zero), jnp.arange(1, span + 1))
+    _, errors = lax.scan(widen, (zero, zero, zero), _iota(span) + 1)
     return jnp.concatenate([zero[None], errors])
 
 
@@ -235,7 +248,7 @@ def _fine_sweep(data: _Data, bounds: Array) -> tuple[Array, Array]:
     """
     clusters = bounds.size - 1
     count, centre = _clusters(data, bounds)
-    here = jnp.arange(_FINE_WINDOW, dtype=jnp.int32)[None, :] - _FINE_WINDOW // 2
+    here = _iota(_FINE_WINDOW)[None, :] - _FINE_WINDOW // 2
     places = jnp.clip(bounds[:, None] + here, 0, bounds[-1]).at[0].set(0)
     places = places.at[1].set(jnp.where(data.spare, 0, places[1])).at[-1].set(bounds[-1])
     moved, moment = data.sums.between(bounds[:, None], places)
