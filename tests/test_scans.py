@@ -86,13 +86,13 @@ def vmapped_nnx():
     graph, params = nnx.split(make(jax.random.split(jax.random.key(0), 3)))
 
     def apply(params, x):
-        @nnx.vmap(in_axes=(0, None))
+        @nnx.vmap(in_axes=(0, 0))
         def run(layer, x):
             return jnp.tanh(layer(x))
 
         return run(nnx.merge(graph, params), x)
 
-    return apply, params, jax.random.normal(jax.random.key(1), (64, 16))
+    return apply, params, jax.random.normal(jax.random.key(1), (3, 64, 16))
 
 
 @pytest.mark.parametrize("build", [scanned_linen, vmapped_nnx])

@@ -120,7 +120,7 @@ def activation_ranges(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._histogram_ranges import minmax_range
+      >>> from jopt.quant import minmax_range
       >>> apply, params = lambda params, x: x @ params["w"], {"w": jnp.ones((1, 2))}
       >>> spec = quant.QuantSpec(8, (), grid=quant.affine_zero)
       >>> batches = [jnp.array([[0.0], [1.0]]), jnp.array([[5.0]])]

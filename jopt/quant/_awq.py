@@ -79,7 +79,7 @@ def awq(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._awq import awq
+      >>> from jopt.quant import awq
       >>> rows = jnp.array([[9.0, 0.1], [-9.0, 0.1]])
       >>> statistics = quant.input_statistics.finalise(
       ...     quant.input_statistics.update(quant.input_statistics.init(2), rows)

@@ -47,7 +47,7 @@ def fold_batch_norm(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant._batch_norm import fold_batch_norm
+      >>> from jopt.quant import fold_batch_norm
       >>> one = jnp.ones(1)
       >>> fold_batch_norm(jnp.array([[3.0]]), None, 2 * one, one, 5 * one, 16 * one, 0.0)
       (Array([[1.5]], dtype=float32), Array([-1.5], dtype=float32))
@@ -140,7 +140,7 @@ def fold_batch_norms(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant._batch_norm import fold_batch_norms
+      >>> from jopt.quant import fold_batch_norms
       >>> one = jnp.ones(1)
       >>> params = {"conv": {"kernel": jnp.array([[3.0]])}, "norm": {"scale": 2 * one, "bias": one}}
       >>> statistics = {"norm": {"mean": 5 * one, "var": 15.99999 * one}}
@@ -198,7 +198,7 @@ def remove_batch_norms(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant._batch_norm import remove_batch_norms
+      >>> from jopt.quant import remove_batch_norms
       >>> one = jnp.ones(1)
       >>> params = {"conv": {"kernel": jnp.array([[3.0]])}, "norm": {"scale": 2 * one, "bias": one}}
       >>> statistics = {"norm": {"mean": 5 * one, "var": 16 * one}}

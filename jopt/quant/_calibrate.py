@@ -132,7 +132,7 @@ def accumulate(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant._statistics import extremes
+      >>> from jopt.quant import extremes
       >>> apply, params = lambda params, x: x @ params["w"], {"w": jnp.ones((1, 2))}
       >>> first = accumulate(apply, params, [jnp.array([[1.0]])], extremes)
       >>> second = accumulate(apply, params, [jnp.array([[-4.0]])], extremes)

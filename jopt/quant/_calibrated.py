@@ -122,7 +122,7 @@ def quantize_calibrated_params(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._gptq import gptq
+      >>> from jopt.quant import gptq
       >>> params = {"dense": {"kernel": jnp.array([[0.4], [0.3]])}, "table": jnp.ones((3, 2))}
       >>> rows = jnp.array([[1.0, 0.9], [0.5, 0.6]])
       >>> statistics = quant.input_statistics.finalise(

@@ -70,7 +70,7 @@ def dorefa_quantize(values: ArrayLike, spec: QuantSpec) -> QTensor:
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._dorefa import dorefa_quantize
+      >>> from jopt.quant import dorefa_quantize
       >>> leaf = dorefa_quantize(jnp.array([-5.0, 0.1, 5.0]), QuantSpec(2, block=()))
       >>> leaf.codes, leaf.zero_point
       (Array([0, 2, 3], dtype=uint2), Array([1.5], dtype=float32))
@@ -123,7 +123,7 @@ def dorefa_weights(values: ArrayLike, spec: QuantSpec) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._dorefa import dorefa_weights
+      >>> from jopt.quant import dorefa_weights
       >>> dorefa_weights(jnp.array([-5.0, 0.1, 5.0]), QuantSpec(2, block=()))
       Array([-1. , 0.33333334, 1. ], dtype=float32)
       >>> dorefa_weights(jnp.array([-5.0, 0.5, 0.5]), QuantSpec(1, block=()))
@@ -156,7 +156,7 @@ def dorefa_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> An
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._dorefa import dorefa_params
+      >>> from jopt.quant import dorefa_params
       >>> dorefa_params({"kernel": jnp.array([[2.0, -2.0]])}, QuantSpec(2, block=()))
       {'kernel': Array([[ 1., -1.]], dtype=float32)}
     """
@@ -182,7 +182,7 @@ def dorefa_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kern
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._dorefa import dorefa_quantize_params
+      >>> from jopt.quant import dorefa_quantize_params
       >>> params = {"kernel": jnp.array([[2.0, -2.0]])}
       >>> dorefa_quantize_params(params, QuantSpec(2, block=()))["kernel"].codes
       Array([[3, 0]], dtype=uint2)
@@ -222,7 +222,7 @@ def dorefa_activations(values: ArrayLike, bits: int) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant._dorefa import dorefa_activations
+      >>> from jopt.quant import dorefa_activations
       >>> dorefa_activations(jnp.array([-0.2, 0.4, 3.0]), 2)
       Array([0. , 0.33333334, 1. ], dtype=float32)
 
@@ -295,7 +295,7 @@ def dorefa_gradients(key: jax.Array, values: ArrayLike, bits: int) -> jax.Array:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jopt.quant._dorefa import dorefa_gradients
+      >>> from jopt.quant import dorefa_gradients
       >>> def loss(values):
       ...     return (
       ...         jnp.array([[4.0, -4.0]]) * dorefa_gradients(jax.random.key(0), values, 1)

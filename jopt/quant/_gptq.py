@@ -202,8 +202,8 @@ def gptq(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._gptq import gptq
-      >>> from jopt.quant._statistics import InputStatistics
+      >>> from jopt.quant import gptq
+      >>> from jopt.quant import InputStatistics
       >>> weights = jnp.array([[0.4, 1.0], [0.4, 0.0]])  # twins: their sum is what counts
       >>> twins = InputStatistics(None, None, None, None, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
       >>> leaf, outcome = gptq(weights, twins, quant.QuantSpec(2, ()))

@@ -51,7 +51,7 @@ def minmax_range(figures: Any, spec: QuantSpec) -> Ends:
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._statistics import Extremes
+      >>> from jopt.quant import Extremes
       >>> ends = minmax_range(Extremes(jnp.array([0.0]), jnp.array([2.0])), quant.QuantSpec())
       >>> ends[1]
       Array([2.], dtype=float32)
@@ -81,7 +81,7 @@ def percentile_range(percent: float) -> Method:
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._histogram import histogram
+      >>> from jopt.quant import histogram
       >>> state = histogram(16).update(histogram(16).init(1), jnp.arange(1.0, 8.0)[:, None])
       >>> low, high = histogram_range(state, percentile_range(50), quant.QuantSpec())
       >>> float(high)  # half of 7 lies below 5
@@ -145,7 +145,7 @@ def mse_search_range(candidates: int = 48, smallest: float = 0.1) -> Method:
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._histogram import histogram
+      >>> from jopt.quant import histogram
       >>> rows = jnp.concatenate([jnp.ones(400), jnp.full(1, 1.8)])[:, None]
       >>> state = histogram().update(histogram().init(1), rows)
       >>> low, high = histogram_range(state, mse_search_range(), quant.QuantSpec(2))
@@ -196,7 +196,7 @@ def entropy_search_range(candidates: int = 128) -> Method:
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._histogram import histogram
+      >>> from jopt.quant import histogram
       >>> rows = jnp.concatenate([jnp.linspace(0.0, 1.0, 5000), jnp.full(1, 6.0)])[:, None]
       >>> state = histogram().update(histogram().init(1), rows)
       >>> low, high = histogram_range(state, entropy_search_range(), quant.QuantSpec(8))
@@ -248,7 +248,7 @@ def histogram_range(figures: Any, method: Method, spec: QuantSpec) -> Ends:
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._histogram import histogram
+      >>> from jopt.quant import histogram
       >>> state = histogram().update(histogram().init(1), jnp.array([[-1.0], [3.0]]))
       >>> histogram_range(state, minmax_range, quant.QuantSpec())
       (Array(-1., dtype=float32), Array(3., dtype=float32))

@@ -22,7 +22,6 @@ from jax import Array, lax
 
 from jopt.quant._kmeans_bins import ROW, TINY, Bins, cumulate, cumulate_rows
 
-_GROUP = 16
 _MOST_SWEEPS = 16
 _FINE_WINDOW = 256
 _ROUNDING = 1e-7
@@ -55,6 +54,7 @@ class _Data(NamedTuple):
 
     mass: Array
     mean: Array
+    share: Array  # density^(1/3) over the width of the bin: what part of a codebook it asks for
     sums: _Sums
     spare: Array
 
@@ -83,7 +83,9 @@ def optimal_means(bins: Bins, clusters: int, spare: Array | bool = False) -> Arr
     mean = jnp.where(filled, scaled - origin, 0.0)
     spare = jnp.asarray(spare)
     sums = _running(jnp.stack([mass, mean * mass]))
-    data = _Data(mass, mean, sums, spare)
+    last = jnp.where(_iota(mean.size) < bins.used - 1, jnp.roll(mean, -1), mean)
+    share = jnp.cbrt(jnp.square(last - mean) * mass)
+    data = _Data(mass, mean, share, sums, spare)
     bounds = _optimize(data, _first_bounds(data, bins.used, clusters))
     means = (origin + _clusters(data, bounds)[1]) / scale
     first = bins.mean[jnp.minimum(bounds[:-1], bins.used - 1)]
@@ -149,13 +151,8 @@ def _running(parts: Array) -> _Sums:
 
 
 def _first_bounds(data: _Data, used: Array, clusters: int) -> Array:
-    """Give each cluster the same integral of `density^(1/3)`, as the optimum of many would."""
-    filled = (_iota(data.mass.size) < used).reshape(-1, _GROUP)
-    group = jnp.where(filled, data.mean.reshape(-1, _GROUP), data.mean[used - 1])
-    width, mass = group[:, -1] - group[:, 0], jnp.sum(data.mass.reshape(-1, _GROUP), 1)
-    members = jnp.maximum(jnp.sum(filled, 1, dtype=jnp.int32), 1).astype(jnp.float32)
-    share = jnp.cbrt(jnp.square(width) * mass) / members
-    running = cumulate(jnp.where(filled, share[:, None], 0.0).reshape(-1))
+    """Give each cluster the same share, as the optimum of many clusters would."""
+    running = cumulate(data.share)
     spare = data.spare.astype(jnp.int32)
     part = (_iota(clusters - 1) + 1 - spare).astype(jnp.float32)
     part = part / jnp.maximum(clusters - spare, 1).astype(jnp.float32)
@@ -170,9 +167,14 @@ def _clusters(data: _Data, bounds: Array) -> tuple[Array, Array]:
     return mass, moment / jnp.maximum(mass, TINY)
 
 
+def _owners(data: _Data, bounds: Array) -> Array:
+    """Return the cluster of each bin."""
+    starts = jnp.zeros(data.mass.size + 1, jnp.int32).at[bounds[1:-1]].add(1)
+    return cumulate(starts[:-1])
+
+
 def _error(data: _Data, bounds: Array) -> Array:
-    marks = jnp.zeros(data.mass.size + 1, jnp.int32).at[bounds[1:-1]].add(1)
-    nearest = _clusters(data, bounds)[1][cumulate(marks[:-1])]
+    nearest = _clusters(data, bounds)[1][_owners(data, bounds)]
     return jnp.sum(data.mass * jnp.square(data.mean - nearest))
 
 
@@ -186,9 +188,7 @@ def _coarse_sweep(data: _Data, sweep: _Sweep, bounds: Array) -> tuple[Array, Arr
     clusters = bounds.size - 1
     half = min(sweep.window, 2 * cut * clusters) // 2
     window = 2 * half
-    start, width = bounds[:-1, None], (bounds[1:] - bounds[:-1])[:, None]
-    marks = (start + width * _iota(cut)[None, :] // cut).reshape(-1)
-    marks = jnp.append(marks, bounds[-1])
+    marks = _marks(data, bounds, cut)
     errors = _interval_errors(data, marks, span)
     ends = (_iota(clusters) + 1) * cut
     before = jnp.sum(errors[cut][ends])
@@ -216,6 +216,24 @@ def _coarse_sweep(data: _Data, sweep: _Sweep, bounds: Array) -> tuple[Array, Arr
     _, chosen = lax.scan(backward, jnp.int32(half), (padded, layers), reverse=True)
     gain = (before - best[half]) / jnp.maximum(before, TINY)
     return jnp.append(chosen, bounds[-1]), gain
+
+
+def _marks(data: _Data, bounds: Array, cut: int) -> Array:
+    """Cut each cluster into parts with as much of its bins and of its share, taken together.
+
+    The number alone would leave rare values beside a dense mode uncut, the share alone a mode
+    beside a gap.
+    """
+    owner = _owners(data, bounds)
+    width = (bounds[1:] - bounds[:-1]).astype(jnp.float32)
+    share = jnp.zeros(width.size, jnp.float32).at[owner].add(data.share)
+    each = 1 / jnp.maximum(width, 1.0)[owner] + data.share / jnp.maximum(share, TINY)[owner]
+    running = jnp.pad(cumulate(each), (1, 0))
+    start, end = running[bounds[:-1]][:, None], running[bounds[1:]][:, None]
+    part = _iota(cut).astype(jnp.float32)[None, :] / cut
+    marks = jnp.searchsorted(running, start + (end - start) * part).astype(jnp.int32)
+    marks = jnp.clip(marks, bounds[:-1, None], bounds[1:, None]).at[:, 0].set(bounds[:-1])
+    return jnp.append(marks.reshape(-1), bounds[-1])
 
 
 def _interval_errors(data: _Data, marks: Array, span: int) -> Array:

@@ -58,7 +58,7 @@ def init_steps(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._learned import init_steps
+      >>> from jopt.quant import init_steps
       >>> params = {"dense": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}}
       >>> init_steps(params, QuantSpec(2))
       {'dense/kernel': Array([[2., 2.]], dtype=float32)}
@@ -115,7 +115,7 @@ def lsq_params(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._learned import init_steps, lsq_params, lsq_quantize_params
+      >>> from jopt.quant import init_steps, lsq_params, lsq_quantize_params
       >>> spec, params = QuantSpec(2), {"kernel": jnp.array([[0.3, -0.8], [0.9, 0.2]])}
       >>> tree = {"params": params, "steps": init_steps(params, spec)}
       >>> def loss(tree):
@@ -162,7 +162,7 @@ def lsq_quantize_params(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._learned import lsq_quantize_params
+      >>> from jopt.quant import lsq_quantize_params
       >>> params = {"kernel": jnp.array([[0.3, -0.8]])}
       >>> steps = {"kernel": jnp.array([[0.5, 0.5]])}
       >>> lsq_quantize_params(params, steps, QuantSpec(2))["kernel"].codes

@@ -92,7 +92,7 @@ def lsq(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._lsq import lsq
+      >>> from jopt.quant import lsq
       >>> spec, step = QuantSpec(2, block=()), jnp.array([0.5])
       >>> values = jnp.array([-2.0, -0.375, 0.125, 9.0])
       >>> lsq(values, step, spec)
@@ -153,7 +153,7 @@ def lsq_quantize(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._lsq import lsq_quantize
+      >>> from jopt.quant import lsq_quantize
       >>> leaf = lsq_quantize(
       ...     jnp.array([-2.0, -0.4, 9.0]), jnp.array([0.5]), QuantSpec(2, block=())
       ... )

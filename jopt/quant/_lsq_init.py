@@ -55,7 +55,7 @@ def lsq_init(values: ArrayLike, spec: QuantSpec, code_range: CodeRange = signed_
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._lsq_init import lsq_init
+      >>> from jopt.quant import lsq_init
       >>> lsq_init(jnp.array([[-3.0, 0.0], [1.0, 0.0]]), QuantSpec(2))
       Array([[4., 1.]], dtype=float32)
 
@@ -123,7 +123,7 @@ def lsq_init_mse(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._lsq_init import lsq_init_mse
+      >>> from jopt.quant import lsq_init_mse
       >>> spec = QuantSpec(2, block=())  # the codes -2, -1, 0, 1 and the steps 0.5, 1, 1.5, 2
       >>> lsq_init_mse(jnp.array([1.0, -1.0, 2.0, 0.0]), spec, candidates=4)
       Array([1.5], dtype=float32)

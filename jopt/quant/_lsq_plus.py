@@ -148,7 +148,7 @@ def lsq_plus(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._lsq_plus import lsq_plus
+      >>> from jopt.quant import lsq_plus
       >>> values = jnp.array([-0.7, 0.1, 9.0])
       >>> lsq_plus(values, jnp.array([0.5]), jnp.array([-0.5]), QuantSpec(2, block=()))
       Array([-0.5, 0. , 1. ], dtype=float32)
@@ -188,7 +188,7 @@ def lsq_plus_quantize(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._lsq_plus import lsq_plus_quantize
+      >>> from jopt.quant import lsq_plus_quantize
       >>> values = jnp.array([-0.7, 0.1, 9.0])
       >>> leaf = lsq_plus_quantize(
       ...     values, jnp.array([0.5]), jnp.array([-0.5]), QuantSpec(2, block=())

@@ -55,7 +55,7 @@ def lsq_plus_init_weights(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._lsq_plus_init import lsq_plus_init_weights
+      >>> from jopt.quant import lsq_plus_init_weights
       >>> lsq_plus_init_weights(jnp.array([3.0, 1.0]), QuantSpec(2, block=()))  # (2 + 3) / 2
       Array([2.5], dtype=float32)
 
@@ -146,7 +146,7 @@ def lsq_plus_init(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt.quant import QuantSpec
-      >>> from jopt.quant._lsq_plus_init import lsq_plus_init
+      >>> from jopt.quant import lsq_plus_init
       >>> step, offset = lsq_plus_init(jnp.array([-1.0, 1.0, 3.0, 5.0]), QuantSpec(2, block=()))
       >>> step, offset
       (Array([2.], dtype=float32), Array([-1.], dtype=float32))

@@ -59,7 +59,7 @@ def pact(values: ArrayLike, clip: ArrayLike, bits: int) -> jax.Array:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jopt.quant._pact import pact
+      >>> from jopt.quant import pact
       >>> values, clip = jnp.array([-1.0, 0.4, 2.0, 5.0]), jnp.array(3.0)
       >>> pact(values, clip, 2)
       Array([0., 0., 2., 3.], dtype=float32)
@@ -98,7 +98,7 @@ def pact_init(values: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant._pact import pact_init
+      >>> from jopt.quant import pact_init
       >>> pact_init(jnp.array([-2.0, 1.5])), pact_init(jnp.array([-2.0]))
       (Array(1.5, dtype=float32), Array(1., dtype=float32))
     """

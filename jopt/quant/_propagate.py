@@ -174,7 +174,7 @@ def quantize_in_order(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._gptq import gptq
+      >>> from jopt.quant import gptq
       >>> keys = jax.random.split(jax.random.key(0), 3)
       >>> params = {name: jax.random.normal(key, (4, 4)) for name, key in zip("ab", keys)}
       >>> apply = lambda p, x: jnp.tanh(x @ p["b"]) @ p["a"]

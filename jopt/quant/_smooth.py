@@ -122,7 +122,7 @@ def smooth_quant(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant._smooth import smooth_quant, smoothed_inputs
+      >>> from jopt.quant import smooth_quant, smoothed_inputs
       >>> rows = jnp.array([[100.0, 1.0], [-100.0, -1.0]])
       >>> statistics = quant.input_statistics.finalise(
       ...     quant.input_statistics.update(quant.input_statistics.init(2), rows)

@@ -138,7 +138,7 @@ def xnor_dense(inputs: jax.Array, kernel: BitTensor) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant._binary import binarize
+      >>> from jopt.quant import binarize
       >>> xnor_dense(jnp.array([[1.0, -3.0]]), binarize(jnp.array([[0.5], [1.5]])))
       Array([[0.]], dtype=float32)
 
@@ -193,7 +193,7 @@ def xnor_conv(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant._binary import binarize
+      >>> from jopt.quant import binarize
       >>> image, kernel = jnp.full((1, 2, 2, 1), -2.0), jnp.full((2, 2, 1, 1), 0.5)
       >>> xnor_conv(image, binarize(kernel), padding="VALID").ravel()
       Array([-4.], dtype=float32)
