@@ -10,7 +10,7 @@ from jopt._leaves import is_compressed
 from jopt._trees import Filter, flatten_with_paths, is_kernel, select
 from jopt.quant._grids import Leaf
 from jopt.quant._outcome import Outcome, to_rows
-from jopt.quant._params import _refuse_non_finite
+from jopt.quant._params import refuse_non_finite
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._spec import QuantSpec
 from jopt.quant._statistics import InputStatistics
@@ -134,7 +134,7 @@ def quantize_calibrated_params(
       >>> sorted(report), report["table"]
       (['dense/kernel', 'table'], 'rounded to nearest: no statistics')
     """
-    _refuse_non_finite(params, where)
+    refuse_non_finite(params, where)
     paths, leaves, treedef = flatten_with_paths(params)
     chosen = jax.tree.leaves(select(params, where))
     report: Report = {}

@@ -17,7 +17,7 @@ from jopt._leaves import QTensor
 from jopt._trees import Filter, is_kernel, map_selected
 from jopt.quant._code_ranges import block_counts
 from jopt.quant._grids import code_dtype
-from jopt.quant._params import _leaf_with_path, _refuse_non_finite
+from jopt.quant._params import leaf_with_path, refuse_non_finite
 from jopt.quant._quantize import check_values, compact_blocks
 from jopt.quant._spec import QuantSpec
 
@@ -160,7 +160,7 @@ def dorefa_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> An
       >>> dorefa_params({"kernel": jnp.array([[2.0, -2.0]])}, QuantSpec(2, block=()))
       {'kernel': Array([[ 1., -1.]], dtype=float32)}
     """
-    return map_selected(_leaf_with_path(dorefa_weights, spec), params, where)
+    return map_selected(leaf_with_path(dorefa_weights, spec), params, where)
 
 
 def dorefa_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> Any:
@@ -187,8 +187,8 @@ def dorefa_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kern
       >>> dorefa_quantize_params(params, QuantSpec(2, block=()))["kernel"].codes
       Array([[3, 0]], dtype=uint2)
     """
-    _refuse_non_finite(params, where)
-    return map_selected(_leaf_with_path(dorefa_quantize, spec), params, where)
+    refuse_non_finite(params, where)
+    return map_selected(leaf_with_path(dorefa_quantize, spec), params, where)
 
 
 # --- activations ----------------------------------------------------------------------------------

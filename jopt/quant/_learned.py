@@ -14,7 +14,7 @@ from jopt._leaves import is_compressed
 from jopt._trees import Filter, flatten_with_paths, is_kernel, select
 from jopt.quant._lsq import lsq, lsq_quantize
 from jopt.quant._lsq_init import lsq_init
-from jopt.quant._params import _refuse_non_finite
+from jopt.quant._params import refuse_non_finite
 from jopt.quant._spec import QuantSpec
 
 Steps = dict[str, Any]
@@ -169,7 +169,7 @@ def lsq_quantize_params(
       Array([[1, -2]], dtype=int2)
     """
     small = _map_steps(quantizer, params, steps, spec)
-    _refuse_non_finite({"params": params, "steps": steps}, _is_quantized(steps))
+    refuse_non_finite({"params": params, "steps": steps}, _is_quantized(steps))
     return small
 
 

@@ -16,7 +16,7 @@ def _all_finite(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.all(jnp.isfinite(array)) for array in arrays]
 
 
-def _refuse_non_finite(params: Any, where: Filter) -> None:
+def refuse_non_finite(params: Any, where: Filter) -> None:
     """Raise for NaN and infinity, which would spoil a whole block."""
     paths, leaves, _ = flatten_with_paths(params)
     chosen = jax.tree.leaves(select(params, where))
@@ -35,7 +35,9 @@ def _refuse_non_finite(params: Any, where: Filter) -> None:
             raise ValueError(f"{path}: values must be finite, but there is a NaN or an infinity.")
 
 
-def _leaf_with_path(function: Any, spec: QuantSpec) -> Any:
+def leaf_with_path(function: Any, spec: QuantSpec) -> Any:
+    """Return `(path, leaf) -> function(leaf, spec)` whose errors name the leaf."""
+
     def apply(path: str, leaf: Any) -> Any:
         if is_compressed(leaf):
             raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
@@ -75,8 +77,8 @@ def quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> 
       >>> small["dense"]["kernel"].codes.dtype, small["dense"]["bias"].dtype
       (dtype(int4), dtype('float32'))
     """
-    _refuse_non_finite(params, where)
-    return map_selected(_leaf_with_path(quantize, spec), params, where)
+    refuse_non_finite(params, where)
+    return map_selected(leaf_with_path(quantize, spec), params, where)
 
 
 def fake_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> Any:
@@ -104,4 +106,4 @@ def fake_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel
       >>> quant.fake_quantize_params(params, quant.QuantSpec(bits=2, block=()))
       {'kernel': Array([[1., 0.]], dtype=float32)}
     """
-    return map_selected(_leaf_with_path(fake_quantize, spec), params, where)
+    return map_selected(leaf_with_path(fake_quantize, spec), params, where)

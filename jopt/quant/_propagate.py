@@ -22,7 +22,7 @@ from jopt.quant._calibrated import Method, Report, mapped
 from jopt.quant._drift import Drift, corrected_weights, drifted_error
 from jopt.quant._grids import Leaf
 from jopt.quant._outcome import Outcome, keep_lower
-from jopt.quant._params import _refuse_non_finite
+from jopt.quant._params import refuse_non_finite
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._spec import QuantSpec
 from jopt.quant._statistics import InputStatistics, InputSums, input_statistics
@@ -118,7 +118,7 @@ def _order_of_use(apply: Apply, params: Any, args: tuple[Any, ...]) -> tuple[lis
 
 def _checked(params: Any, spec: QuantSpec, where: Filter) -> tuple[list[str], list[Any], Any, set]:
     """Refuse leaves that cannot be quantized before anything is computed."""
-    _refuse_non_finite(params, where)
+    refuse_non_finite(params, where)
     paths, leaves, treedef = flatten_with_paths(params)
     chosen = set()
     for path, leaf, take in zip(paths, leaves, jax.tree.leaves(select(params, where)), strict=True):

@@ -54,7 +54,7 @@ def fake_quantize_within(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant import fake_quantize_within
+      >>> from jopt.quant._static import fake_quantize_within
       >>> spec = quant.QuantSpec(2, block=(), grid=quant.affine)
       >>> values = jnp.array([-1.0, 0.9, 2.2, 9.0])
       >>> fake_quantize_within(values, 0.0, 3.0, spec)
