@@ -113,6 +113,46 @@ def test_methods_after_training_reach_scanned_and_vmapped_modules(build, method)
     assert error[0] < 1.05 * error[1]
 
 
+def test_copies_with_one_input_count_as_stacked_layers():
+    """Each has the statistics of the input that they share, and so a kernel of its own."""
+    kernels = jax.random.normal(jax.random.key(0), (3, 16, 8))
+    x = jax.random.normal(jax.random.key(1), (64, 4)) @ jax.random.normal(
+        jax.random.key(2), (4, 16)
+    )
+
+    def apply(params, x):
+        return jax.vmap(lambda kernel: x @ kernel)(params["kernel"])
+
+    statistics = quant.calibrate(apply, {"kernel": kernels}, [x])["kernel"]
+    assert statistics.gram.shape == (3, 16, 16)
+    for method in (quant.gptq, quant.awq):
+        small, report = quant.quantize_calibrated_params(
+            {"kernel": kernels}, {"kernel": statistics}, QuantSpec(3), method
+        )
+        alone = quant.calibrate(lambda kernel, x: x @ kernel, kernels[1], [x])[""]
+        leaf, outcome = method(kernels[1], alone, QuantSpec(3))
+        np.testing.assert_allclose(
+            jopt.materialize(small["kernel"])[1], jopt.materialize(leaf), rtol=1e-3, atol=1e-3
+        )
+        stacked = report["kernel"]
+        assert not isinstance(stacked, str) and stacked.improved.shape == (3,)
+        np.testing.assert_allclose(stacked.error[1], outcome.error, rtol=1e-3)
+
+
+def test_a_square_embedding_used_transposed_is_not_taken_for_a_dense_kernel():
+    table = jax.random.normal(jax.random.key(0), (16, 16))
+    params, ids = {"table": table}, jnp.arange(16)
+
+    def apply(params, ids):
+        return params["table"][ids] @ params["table"].T
+
+    statistics = quant.calibrate(apply, params, [ids])
+    assert statistics == {}
+    _, report = quant.quantize_calibrated_params(params, statistics, QuantSpec(3), quant.gptq)
+    assert report == {"table": "rounded to nearest: no statistics"}
+    assert set(quant.accumulate(apply, params, [ids])) == {"table"}
+
+
 def test_weight_only_convolutions_are_quantized_by_every_method():
     class Net(linen.Module):
         @linen.compact

@@ -40,7 +40,8 @@ def _within(values: jax.Array, low: jax.Array, high: jax.Array, spec: QuantSpec)
     wide = jax.lax.stop_gradient(values).astype(exact)
     low, high = (jax.lax.stop_gradient(end).astype(exact) for end in (low, high))
     levels = spec.grid.fit(wide, low, high, spec.bits)
-    rounded = materialize(spec.grid.encode(wide, levels, spec.bits)).astype(values.dtype)
+    rounded = materialize(spec.grid.encode(wide, levels, spec.bits))
+    rounded = jnp.where(jnp.isnan(wide), wide, rounded).astype(values.dtype)
     return straight_through(values, rounded, (wide >= low) & (wide <= high))
 
 
@@ -49,8 +50,9 @@ def fake_quantize_within(
 ) -> jax.Array:
     """Round an array to what its codes in a given range restore, with a straight-through gradient.
 
-    As `fake_quantize`, but the range is an argument and not taken from the values: values outside
-    take its nearest end, and their gradient is zero. The range has no gradient.
+    As `fake_quantize`, but the range is an argument and not taken from the values, which for
+    activations would mean a pass over them at inference and results that depend on the batch.
+    Values outside take its nearest end, and their gradient is zero. The range has no gradient.
 
     Args:
       values: floating-point array.
@@ -59,7 +61,7 @@ def fake_quantize_within(
       spec: bits and grid; its range and block are not used.
 
     Returns:
-      An array of the shape and dtype of `values`.
+      An array of the shape and dtype of `values`. NaN stays NaN.
 
     Raises:
       ValueError: low or high does not have the rank of `values`.

@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from jopt._arrays import materialize, working_dtype
+from jopt.quant._blocks import merge_blocks, split_blocks, split_levels
 from jopt.quant._grids import Leaf
 from jopt.quant._outcome import Outcome, keep_better, to_rows
 from jopt.quant._quantize import (
     check_values,
     fit_levels,
-    merge_blocks,
     narrowed,
     quantize,
-    split_blocks,
-    split_levels,
 )
 from jopt.quant._spec import QuantSpec
 from jopt.quant._statistics import InputStatistics
@@ -41,9 +39,9 @@ def _learn(
     regularization: float,
 ) -> Leaf:
     exact = weights.astype(working_dtype(weights.dtype))
-    levels = split_levels(fit_levels(weights, spec), weights.ndim)
-    pair = spec.grid.neighbours(split_blocks(exact, spec), levels, spec.bits)
-    below, above = (merge_blocks(leaf, weights.ndim) for leaf in pair)
+    levels = split_levels(fit_levels(weights, spec), weights.shape, spec)
+    pair = spec.grid.neighbours(split_blocks(exact, spec)[0], levels, spec.bits)
+    below, above = merge_blocks(pair, weights.shape, spec)
     low, high = materialize(below), materialize(above)
     width = high - low
     share = (jnp.clip(exact, low, high) - low) / jnp.where(width > 0, width, 1.0)

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jopt._arrays import expand_blocks, working_dtype
-from jopt._leaves import BitTensor, QTensor, is_compressed
+from jopt._leaves import BitTensor, QTensor
 from jopt._trees import Filter, is_kernel, map_selected
 from jopt.quant._bits import pack_signs
+from jopt.quant._blocks import merge_blocks, split_blocks
+from jopt.quant._by_path import naming_leaf, refuse_non_finite
 from jopt.quant._grids import Grid, symmetric
-from jopt.quant._quantize import check_values, merge_blocks, split_blocks
+from jopt.quant._quantize import check_values
 from jopt.quant._spec import QuantSpec, block_sizes
 
 Slope = Callable[[jax.Array, jax.Array, int], jax.Array]
@@ -54,9 +56,10 @@ Convolutional Neural Networks", 2016, https://arxiv.org/abs/1603.05279, equation
 
 def _scale(weights: jax.Array, block: tuple[int, ...]) -> jax.Array:
     """Return the mean magnitude of each block, in the dtype of the weights."""
-    blocks = split_blocks(weights.astype(working_dtype(weights.dtype)), _of(block))
-    means = jnp.mean(jnp.abs(blocks), tuple(range(1, blocks.ndim, 2)), keepdims=True)
-    return merge_blocks(means, weights.ndim).astype(weights.dtype)
+    exact, spec = weights.astype(working_dtype(weights.dtype)), _of(block)
+    blocks, within = split_blocks(exact, spec)
+    means = jnp.mean(jnp.abs(blocks), within, keepdims=True)
+    return merge_blocks(means, weights.shape, spec).astype(weights.dtype)
 
 
 def _of(block: tuple[int, ...]) -> QuantSpec:
@@ -212,18 +215,6 @@ def fake_binarize(
     return _fake_binarize(_checked(weights, block), block, slope)
 
 
-def _each(function: Callable[[Any], Any]) -> Callable[[str, Any], Any]:
-    def apply(path: str, leaf: Any) -> Any:
-        if is_compressed(leaf):
-            raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
-        try:
-            return function(leaf)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from None
-
-    return apply
-
-
 def binarize_params(params: Any, block: tuple[int, ...] = (1,), where: Filter = is_kernel) -> Any:
     """Replace the chosen kernels of a tree by packed signs and scales.
 
@@ -237,7 +228,8 @@ def binarize_params(params: Any, block: tuple[int, ...] = (1,), where: Filter = 
       The tree with a `BitTensor` at each chosen leaf.
 
     Raises:
-      ValueError: the filter matches nothing, or a block does not divide a leaf.
+      ValueError: the filter matches nothing, a block does not divide a leaf, or a leaf holds NaN
+        or infinity (outside jit).
       TypeError: a chosen leaf is compressed already or is not floating-point.
 
     Example:
@@ -246,7 +238,8 @@ def binarize_params(params: Any, block: tuple[int, ...] = (1,), where: Filter = 
       >>> small["kernel"].bits.shape
       (3, 2)
     """
-    return map_selected(_each(partial(binarize, block=block)), params, where)
+    refuse_non_finite(params, where)
+    return map_selected(naming_leaf(binarize, block), params, where)
 
 
 def fake_binarize_params(
@@ -277,4 +270,4 @@ def fake_binarize_params(
       >>> fake_binarize_params({"kernel": jnp.array([[3.0], [-1.0]])})["kernel"].ravel()
       Array([ 2., -2.], dtype=float32)
     """
-    return map_selected(_each(partial(fake_binarize, block=block, slope=slope)), params, where)
+    return map_selected(naming_leaf(fake_binarize, block, slope), params, where)

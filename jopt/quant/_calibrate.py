@@ -1,5 +1,6 @@
 """Run calibration data through a model and gather what its layers see."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ Apply = Callable[..., Any]
 Arrange = Callable[[Layer, jax.Array], jax.Array]
 
 
-def _over(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+def map_over(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
     """Map a function over that many leading axes of all its arguments."""
     for _ in range(axes):
         function = jax.vmap(function)
@@ -25,6 +26,33 @@ def leading_axes(statistic: Statistic, state: Any) -> int:
     """Return how many axes of stacked layers and groups come before those of one state."""
     plain = jax.tree.leaves(jax.eval_shape(lambda: statistic.init(1)))
     return jnp.ndim(jax.tree.leaves(state)[0]) - plain[0].ndim if plain else 0
+
+
+def shared_axes(layer: Layer) -> tuple[int, ...] | None:
+    """Return the sizes of the leading axes whose layers are all given one and the same input.
+
+    They come from `vmap` over the kernel and not over the input, or from an einsum with an axis of
+    heads in front of the inputs, and count as stacked layers. None if the kernel's axes are not
+    stacked layers, inputs and outputs in this order, as where an embedding is used transposed.
+
+    Example:
+      >>> from jopt import find_layers
+      >>> def size(equation, *shape):
+      ...     apply = lambda params, x: jnp.einsum(equation, x, params["w"])
+      ...     found = find_layers(apply, {"w": jnp.ones(shape)}, jnp.ones((2, 8)))
+      ...     return shared_axes(found.layers["w"][0])
+      >>> size("bi,io->bo", 8, 5), size("bi,hio->bho", 4, 8, 5), size("bi,vi->bv", 9, 8)
+      ((), (4,), None)
+    """
+    layers, inputs, last = len(layer.batch), layer.contracted, len(layer.shape) - 1
+    if (
+        layer.batch != tuple(range(layers))
+        or inputs != tuple(range(inputs[0], inputs[0] + len(inputs)))
+        or last in inputs
+        or layer.grouped not in (None, last)
+    ):
+        return None
+    return layer.shape[layers : inputs[0]]
 
 
 def as_recorded(layer: Layer, rows: jax.Array) -> jax.Array:
@@ -49,7 +77,7 @@ def scans_only(layer: Layer, rows: jax.Array) -> jax.Array:
     return rows.reshape(*rows.shape[: len(kept)], -1, rows.shape[-1])
 
 
-def _subsample(rows: jax.Array, max_rows: int | None) -> jax.Array:
+def subsample(rows: jax.Array, max_rows: int | None) -> jax.Array:
     """Take evenly spaced rows, the same ones every time."""
     count = rows.shape[-2]
     if max_rows is None or count <= max_rows:
@@ -66,7 +94,7 @@ def _rows_function(apply: Apply, arrange: Arrange, max_rows: int | None) -> Call
         if arrange is not as_recorded:
             layers = find_layers(apply, params, *args).layers
             recorded = {path: arrange(layers[path][0], rows) for path, rows in recorded.items()}
-        return {path: _subsample(rows, max_rows) for path, rows in recorded.items()}
+        return {path: subsample(rows, max_rows) for path, rows in recorded.items()}
 
     return rows_by_path
 
@@ -89,7 +117,7 @@ def _step_function(statistic: Statistic, rows_by_path: Callable[..., Any]) -> Ca
             finite = jnp.all(jnp.isfinite(rows))
             first = (spoiled[path] < 0) & ~finite
             spoiled[path] = jnp.where(first, index, spoiled[path])
-            states[path] = _over(statistic.update, rows.ndim - 2)(states[path], rows)
+            states[path] = map_over(statistic.update, rows.ndim - 2)(states[path], rows)
         return states, spoiled
 
     return jax.jit(step, donate_argnums=0)
@@ -170,7 +198,7 @@ def accumulate(
 @partial(jax.jit, static_argnames="statistic")
 def _merge_states(statistic: Statistic, first: Any, second: Any) -> dict[str, Any]:
     return {
-        path: _over(statistic.merge, leading_axes(statistic, state))(state, second[path])
+        path: map_over(statistic.merge, leading_axes(statistic, state))(state, second[path])
         for path, state in first.items()
     }
 
@@ -210,7 +238,7 @@ def finalise_states(statistic: Statistic, states: dict[str, Any]) -> dict[str, A
       Figures by path.
     """
     return {
-        path: _over(statistic.finalise, leading_axes(statistic, state))(state)
+        path: map_over(statistic.finalise, leading_axes(statistic, state))(state)
         for path, state in states.items()
     }
 
@@ -240,7 +268,10 @@ def calibrate(
 
     Returns:
       `{path: figures}`; in the figures of stacked layers, of copies made by `vmap` and of groups of
-      a convolution these come first, as leading axes.
+      a convolution these come first, as leading axes. A kernel whose axes are not stacked layers,
+      inputs and outputs, in this order, is left out, such as an embedding that is used transposed:
+      the methods after training would take its figures for those of other inputs. `accumulate`
+      keeps it.
 
     Raises:
       ValueError: there is no batch, no layer, or a layer's inputs hold NaN or infinity; the message
@@ -254,4 +285,28 @@ def calibrate(
       >>> figures["w"].mean, figures["w"].abs_max
       (Array([ 2., -1.], dtype=float32), Array([3., 4.], dtype=float32))
     """
-    return finalise_states(statistic, accumulate(apply, params, batches, statistic, max_rows))
+    remaining = iter(batches)
+    batches = list(itertools.islice(remaining, 1))
+    states = accumulate(apply, params, itertools.chain(batches, remaining), statistic, max_rows)
+    args = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
+    layers = find_layers(apply, params, *args).layers
+    figures = {}
+    for path, each in finalise_states(statistic, states).items():
+        layer = layers[path][0]
+        shared = shared_axes(layer)
+        if shared is not None:
+            figures[path] = _repeated(each, len(layer.batch), shared)
+    return figures
+
+
+def _repeated(figures: Any, axis: int, sizes: tuple[int, ...]) -> Any:
+    """Give the figures of layers that share their inputs new axes of these sizes."""
+    if not sizes:
+        return figures
+
+    def repeat(field: jax.Array) -> jax.Array:
+        leading, rest = field.shape[:axis], field.shape[axis:]
+        field = field.reshape(*leading, *(1 for _ in sizes), *rest)
+        return jnp.broadcast_to(field, (*leading, *sizes, *rest))
+
+    return jax.tree.map(repeat, figures)

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 
-from jopt._leaves import is_compressed
-from jopt._trees import Filter, flatten_with_paths, is_kernel, select
+from jopt._trees import Filter, is_kernel, map_selected
+from jopt.quant._by_path import naming_leaf, refuse_non_finite
 from jopt.quant._grids import Leaf
 from jopt.quant._outcome import Outcome, to_rows
-from jopt.quant._params import refuse_non_finite
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._spec import QuantSpec
 from jopt.quant._statistics import InputStatistics
@@ -77,6 +76,7 @@ def quantize_leaf(
       >>> quantize_leaf(jnp.ones((2, 2)), None, QuantSpec(), len)[1]
       'rounded to nearest: no statistics'
     """
+    check_values(leaf, spec)
     if statistics is None:
         return quantize(leaf, spec), "rounded to nearest: no statistics"
     try:
@@ -135,28 +135,14 @@ def quantize_calibrated_params(
       (['dense/kernel', 'table'], 'rounded to nearest: no statistics')
     """
     refuse_non_finite(params, where)
-    paths, leaves, treedef = flatten_with_paths(params)
-    chosen = jax.tree.leaves(select(params, where))
     report: Report = {}
-    replaced = []
-    for path, leaf, take in zip(paths, leaves, chosen, strict=True):
-        if take:
-            leaf, report[path] = _named(path, leaf, statistics.get(path), spec, method)
-        replaced.append(leaf)
-    return jax.tree.unflatten(treedef, replaced), report
+    quantize_named = naming_leaf(quantize_leaf, spec, method)
 
+    def replace(path: str, leaf: Any) -> Leaf:
+        small, report[path] = quantize_named(path, leaf, statistics.get(path))
+        return small
 
-def _named(
-    path: str, leaf: Any, statistics: InputStatistics | None, spec: QuantSpec, method: Method
-) -> tuple[Leaf, Outcome | str]:
-    """Quantize a leaf; errors name it."""
-    if is_compressed(leaf):
-        raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
-    try:
-        check_values(leaf, spec)
-        return quantize_leaf(leaf, statistics, spec, method)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
+    return map_selected(replace, params, where), report
 
 
 def _row(path: str, entry: Outcome | str) -> tuple[str, str, str, str]:

@@ -15,10 +15,11 @@ from jax.typing import ArrayLike
 from jopt._arrays import materialize, working_dtype
 from jopt._leaves import QTensor
 from jopt._trees import Filter, is_kernel, map_selected
+from jopt.quant._blocks import split_blocks
+from jopt.quant._by_path import naming_leaf, refuse_non_finite
 from jopt.quant._code_ranges import block_counts
 from jopt.quant._grids import code_dtype
-from jopt.quant._params import leaf_with_path, refuse_non_finite
-from jopt.quant._quantize import check_values, compact_blocks
+from jopt.quant._quantize import check_values
 from jopt.quant._spec import QuantSpec
 
 # --- weights --------------------------------------------------------------------------------------
@@ -27,7 +28,7 @@ from jopt.quant._spec import QuantSpec
 def _squashed(values: jax.Array, spec: QuantSpec) -> jax.Array:
     """Return the weights brought to [-1, 1], before rounding."""
     exact = working_dtype(values.dtype)
-    blocks, axes = compact_blocks(values.astype(exact), spec)
+    blocks, axes = split_blocks(values.astype(exact), spec)
     blocks = jnp.tanh(blocks)
     largest = jnp.max(jnp.abs(blocks), axes, keepdims=True)
     return (blocks / jnp.where(largest > 0, largest, 1.0)).reshape(values.shape)
@@ -37,7 +38,7 @@ def _squashed(values: jax.Array, spec: QuantSpec) -> jax.Array:
 def _dorefa_quantize(values: jax.Array, spec: QuantSpec) -> QTensor:
     exact = working_dtype(values.dtype)
     if spec.bits == 1:
-        blocks, axes = compact_blocks(values.astype(exact), spec)
+        blocks, axes = split_blocks(values.astype(exact), spec)
         scale = jnp.mean(jnp.abs(blocks), axes).reshape(block_counts(values.shape, spec))
         scale = scale.astype(values.dtype)
         return QTensor(jnp.sign(values).astype(code_dtype(2, signed=True)), scale)
@@ -160,7 +161,7 @@ def dorefa_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> An
       >>> dorefa_params({"kernel": jnp.array([[2.0, -2.0]])}, QuantSpec(2, block=()))
       {'kernel': Array([[ 1., -1.]], dtype=float32)}
     """
-    return map_selected(leaf_with_path(dorefa_weights, spec), params, where)
+    return map_selected(naming_leaf(dorefa_weights, spec), params, where)
 
 
 def dorefa_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> Any:
@@ -188,7 +189,7 @@ def dorefa_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kern
       Array([[3, 0]], dtype=uint2)
     """
     refuse_non_finite(params, where)
-    return map_selected(leaf_with_path(dorefa_quantize, spec), params, where)
+    return map_selected(naming_leaf(dorefa_quantize, spec), params, where)
 
 
 # --- activations ----------------------------------------------------------------------------------

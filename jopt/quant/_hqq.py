@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt._arrays import materialize, working_dtype
+from jopt.quant._blocks import merge_blocks, split_blocks
 from jopt.quant._grids import Leaf, affine_zero
 from jopt.quant._outcome import Outcome, keep_better
 from jopt.quant._quantize import (
@@ -15,7 +16,6 @@ from jopt.quant._quantize import (
     fit_levels,
     narrowed,
     quantize,
-    split_blocks,
 )
 from jopt.quant._spec import QuantSpec
 from jopt.quant._statistics import InputStatistics
@@ -31,8 +31,8 @@ def _shrink(error: jax.Array, strength: jax.Array, power: float) -> jax.Array:
 
 def _block_mean(values: jax.Array, spec: QuantSpec) -> jax.Array:
     """Return the mean of each block, one for each, with the axes of a scale."""
-    blocks = split_blocks(values, spec)
-    return blocks.mean(tuple(range(1, blocks.ndim, 2)))
+    blocks, within = split_blocks(values, spec)
+    return merge_blocks(blocks.mean(within, keepdims=True), values.shape, spec)
 
 
 def _refit(levels: Any, weights: jax.Array, sparse: jax.Array, spec: QuantSpec) -> Any:

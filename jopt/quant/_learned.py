@@ -8,26 +8,13 @@ quantized is written down once, in its keys.
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from jopt._leaves import is_compressed
-from jopt._trees import Filter, flatten_with_paths, is_kernel, select
+from jopt._trees import Filter, is_kernel
+from jopt.quant._by_path import in_both, map_with, naming_leaf, refuse_non_finite, selected
 from jopt.quant._lsq import lsq, lsq_quantize
 from jopt.quant._lsq_init import lsq_init
-from jopt.quant._params import refuse_non_finite
 from jopt.quant._spec import QuantSpec
 
 Steps = dict[str, Any]
-_PATHS_SHOWN = 20
-
-
-def _named(function: Callable[..., Any], path: str, leaf: Any, *rest: Any) -> Any:
-    if is_compressed(leaf):
-        raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
-    try:
-        return function(leaf, *rest)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
 
 
 def init_steps(
@@ -63,27 +50,8 @@ def init_steps(
       >>> init_steps(params, QuantSpec(2))
       {'dense/kernel': Array([[2., 2.]], dtype=float32)}
     """
-    paths, leaves, _ = flatten_with_paths(params)
-    chosen = jax.tree.leaves(select(params, where))
-    return {
-        path: _named(init, path, leaf, spec)
-        for path, leaf, take in zip(paths, leaves, chosen, strict=True)
-        if take
-    }
-
-
-def _map_steps(function: Callable[..., Any], params: Any, steps: Steps, spec: QuantSpec) -> Any:
-    paths, leaves, treedef = flatten_with_paths(params)
-    missing = [path for path in steps if path not in paths]
-    if missing or not steps:
-        shown = ", ".join(map(repr, paths[:_PATHS_SHOWN])) or "none: the tree is empty"
-        name = repr(missing[0]) if missing else "empty: nothing"
-        raise ValueError(f"steps: {name} is no path of params; the paths are {shown}.")
-    replaced = [
-        _named(function, path, leaf, steps[path], spec) if path in steps else leaf
-        for path, leaf in zip(paths, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, replaced)
+    start = naming_leaf(init, spec)
+    return {path: start(path, leaf) for path, leaf in selected(params, where).items()}
 
 
 def lsq_params(
@@ -135,7 +103,7 @@ def lsq_params(
       >>> small["kernel"].codes.dtype
       dtype(int2)
     """
-    return _map_steps(quantizer, params, steps, spec)
+    return map_with(naming_leaf(quantizer, spec), params, steps, "steps")
 
 
 def lsq_quantize_params(
@@ -168,15 +136,6 @@ def lsq_quantize_params(
       >>> lsq_quantize_params(params, steps, QuantSpec(2))["kernel"].codes
       Array([[1, -2]], dtype=int2)
     """
-    small = _map_steps(quantizer, params, steps, spec)
-    refuse_non_finite({"params": params, "steps": steps}, _is_quantized(steps))
+    small = map_with(naming_leaf(quantizer, spec), params, steps, "steps")
+    refuse_non_finite({"params": params, "steps": steps}, in_both("steps", steps))
     return small
-
-
-def _is_quantized(steps: Steps) -> Callable[[str, Any], bool]:
-    def chosen(path: str, leaf: Any) -> bool:
-        del leaf
-        root, _, rest = path.partition("/")
-        return root == "steps" or rest in steps
-
-    return chosen

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jopt._arrays import working_dtype
+from jopt.quant._blocks import split_blocks
 from jopt.quant._code_ranges import (
     CodeRange,
     block_counts,
@@ -16,14 +17,14 @@ from jopt.quant._code_ranges import (
     round_codes,
     signed_codes,
 )
-from jopt.quant._quantize import check_values, compact_blocks
+from jopt.quant._quantize import check_values
 from jopt.quant._spec import QuantSpec
 
 
 @partial(jax.jit, static_argnames=("spec", "high"))
 def _lsq_init(values: jax.Array, spec: QuantSpec, high: int) -> jax.Array:
     exact = working_dtype(values.dtype)
-    blocks, axes = compact_blocks(values.astype(exact), spec)
+    blocks, axes = split_blocks(values.astype(exact), spec)
     step = 2 / math.sqrt(high) * jnp.mean(jnp.abs(blocks), axes)
     return finished_step(step, values, spec)
 
@@ -73,7 +74,7 @@ def _lsq_init_mse(
     values: jax.Array, spec: QuantSpec, bounds: tuple[int, int], candidates: int
 ) -> jax.Array:
     exact = working_dtype(values.dtype)
-    blocks, axes = compact_blocks(values.astype(exact), spec)
+    blocks, axes = split_blocks(values.astype(exact), spec)
     low, high = bounds
     widest = jnp.max(blocks, axes, keepdims=True) / high
     if low < 0:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jopt._arrays import working_dtype
+from jopt.quant._blocks import split_blocks
 from jopt.quant._code_ranges import (
     CodeRange,
     block_counts,
@@ -17,14 +18,14 @@ from jopt.quant._code_ranges import (
     unsigned_codes,
 )
 from jopt.quant._lsq_init import finished_step
-from jopt.quant._quantize import check_values, compact_blocks
+from jopt.quant._quantize import check_values
 from jopt.quant._spec import QuantSpec
 
 
 @partial(jax.jit, static_argnames=("spec", "high"))
 def _init_weights(values: jax.Array, spec: QuantSpec, high: int) -> jax.Array:
     exact = working_dtype(values.dtype)
-    blocks, axes = compact_blocks(values.astype(exact), spec)
+    blocks, axes = split_blocks(values.astype(exact), spec)
     mean = jnp.mean(blocks, axes, keepdims=True)
     spread = 3 * jnp.std(blocks, axes, keepdims=True)
     reach = jnp.maximum(jnp.abs(mean - spread), jnp.abs(mean + spread))
@@ -83,7 +84,7 @@ def _init(
     values: jax.Array, spec: QuantSpec, bounds: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
     exact = working_dtype(values.dtype)
-    blocks, axes = compact_blocks(values.astype(exact), spec)
+    blocks, axes = split_blocks(values.astype(exact), spec)
     low, high = bounds
     average = partial(jnp.mean, axis=axes, keepdims=True)
     tiny = jnp.finfo(exact).tiny

@@ -2,51 +2,10 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from jopt._leaves import is_compressed
-from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, map_selected, select
+from jopt._trees import Filter, is_kernel, map_selected
+from jopt.quant._by_path import naming_leaf, refuse_non_finite
 from jopt.quant._quantize import fake_quantize, quantize
 from jopt.quant._spec import QuantSpec
-
-
-@jax.jit
-def _all_finite(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.all(jnp.isfinite(array)) for array in arrays]
-
-
-def refuse_non_finite(params: Any, where: Filter) -> None:
-    """Raise for NaN and infinity, which would spoil a whole block."""
-    paths, leaves, _ = flatten_with_paths(params)
-    chosen = jax.tree.leaves(select(params, where))
-    checked = [
-        (path, leaf)
-        for path, leaf, take in zip(paths, leaves, chosen, strict=True)
-        if take and is_floating(leaf)
-    ]
-    finite = _all_finite([leaf for _, leaf in checked])
-    for (path, _), is_finite in zip(checked, finite, strict=True):
-        try:
-            spoiled = not is_finite
-        except jax.errors.ConcretizationTypeError:  # under jit the values are not known
-            return
-        if spoiled:
-            raise ValueError(f"{path}: values must be finite, but there is a NaN or an infinity.")
-
-
-def leaf_with_path(function: Any, spec: QuantSpec) -> Any:
-    """Return `(path, leaf) -> function(leaf, spec)` whose errors name the leaf."""
-
-    def apply(path: str, leaf: Any) -> Any:
-        if is_compressed(leaf):
-            raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
-        try:
-            return function(leaf, spec)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from None
-
-    return apply
 
 
 def quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> Any:
@@ -78,7 +37,7 @@ def quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> 
       (dtype(int4), dtype('float32'))
     """
     refuse_non_finite(params, where)
-    return map_selected(leaf_with_path(quantize, spec), params, where)
+    return map_selected(naming_leaf(quantize, spec), params, where)
 
 
 def fake_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> Any:
@@ -106,4 +65,4 @@ def fake_quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel
       >>> quant.fake_quantize_params(params, quant.QuantSpec(bits=2, block=()))
       {'kernel': Array([[1., 0.]], dtype=float32)}
     """
-    return map_selected(leaf_with_path(fake_quantize, spec), params, where)
+    return map_selected(naming_leaf(fake_quantize, spec), params, where)

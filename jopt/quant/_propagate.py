@@ -15,14 +15,13 @@ import jax.numpy as jnp
 
 from jopt._arrays import materialize
 from jopt._layers import Layer, find_layers, layer_inputs
-from jopt._leaves import is_compressed
-from jopt._trees import Filter, flatten_with_paths, is_kernel, select
-from jopt.quant._calibrate import _over, _subsample
+from jopt._trees import Filter, flatten_with_paths, is_kernel
+from jopt.quant._by_path import naming_leaf, refuse_non_finite, selected
+from jopt.quant._calibrate import map_over, shared_axes, subsample
 from jopt.quant._calibrated import Method, Report, mapped
 from jopt.quant._drift import Drift, corrected_weights, drifted_error
 from jopt.quant._grids import Leaf
 from jopt.quant._outcome import Outcome, keep_lower
-from jopt.quant._params import refuse_non_finite
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._spec import QuantSpec
 from jopt.quant._statistics import InputStatistics, InputSums, input_statistics
@@ -64,7 +63,7 @@ def _moments(
     """Gather the moments of one layer; what comes after that layer is not computed."""
 
     def rows(tree: Any, args: tuple[Any, ...]) -> jax.Array:
-        return _subsample(inputs(tree, *args)[path], max_rows)
+        return subsample(inputs(tree, *args)[path], max_rows)
 
     shape = jax.eval_shape(rows, params, batches[0]).shape
     depth = len(shape) - 2
@@ -73,11 +72,11 @@ def _moments(
 
     @jax.jit
     def step(state: _Sums, params: Any, current: Any, args: tuple[Any, ...]) -> _Sums:
-        return _over(_add, depth)(state, rows(current, args), rows(params, args))
+        return map_over(_add, depth)(state, rows(current, args), rows(params, args))
 
     for args in batches:
         state = step(state, params, current, args)
-    return _over(_finish, depth)(state)
+    return map_over(_finish, depth)(state)
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,19 +98,13 @@ def _as_one_method(method: Method, damping: float) -> Method:
     return corrected
 
 
-def _in_plain_order(layer: Layer) -> bool:
-    """Return whether a kernel's axes are layers, inputs and outputs, in this order."""
-    axes = (*layer.batch, *layer.contracted)
-    return axes == tuple(range(len(axes))) and layer.grouped in (None, len(layer.shape) - 1)
-
-
 def _order_of_use(apply: Apply, params: Any, args: tuple[Any, ...]) -> tuple[list[Layer], dict]:
     """Return the layers in the order of use, and for other parameters the reason."""
     found = find_layers(apply, params, *args)
     layers = [uses[0] for path, uses in found.layers.items() if path in found.recorded]
     reasons = dict(found.others)
     for layer in layers:
-        if not _in_plain_order(layer):
+        if shared_axes(layer) != ():
             reasons[layer.path] = f"its axes {layer.contracted} are its inputs"
     return [layer for layer in layers if layer.path not in reasons], reasons
 
@@ -120,17 +113,12 @@ def _checked(params: Any, spec: QuantSpec, where: Filter) -> tuple[list[str], li
     """Refuse leaves that cannot be quantized before anything is computed."""
     refuse_non_finite(params, where)
     paths, leaves, treedef = flatten_with_paths(params)
-    chosen = set()
-    for path, leaf, take in zip(paths, leaves, jax.tree.leaves(select(params, where)), strict=True):
-        if is_compressed(leaf):
-            raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
-        if take:
-            try:
-                check_values(leaf, spec)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{path}: {error}") from None
-            chosen.add(path)
-    return paths, leaves, treedef, chosen
+    for path, leaf in zip(paths, leaves, strict=True):  # apply takes none that is compressed
+        naming_leaf(lambda _: None)(path, leaf)
+    chosen = selected(params, where)
+    for path, leaf in chosen.items():
+        naming_leaf(check_values, spec)(path, leaf)
+    return paths, leaves, treedef, set(chosen)
 
 
 def quantize_in_order(

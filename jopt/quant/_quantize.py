@@ -1,6 +1,5 @@
 """Quantization of one array: to codes and back, exactly, at random and with a gradient."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jopt._arrays import materialize, working_dtype
+from jopt.quant._blocks import merge_blocks, split_blocks, split_levels
 from jopt.quant._grids import Leaf, Levels
 from jopt.quant._spec import QuantSpec, block_sizes
 
@@ -27,39 +27,6 @@ def check_values(values: jax.Array, spec: QuantSpec) -> None:
     if values.size == 0:
         raise ValueError(f"values of shape {values.shape} have no element to take a range from.")
     block_sizes(values.shape, spec.block)
-
-
-def split_blocks(values: jax.Array, spec: QuantSpec) -> jax.Array:
-    """Split each axis in two: the number of blocks, and the size of a block.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> split_blocks(jnp.ones((64, 6)), QuantSpec(block=(16, 1))).shape
-      (4, 16, 6, 1)
-    """
-    sizes = block_sizes(values.shape, spec.block)
-    pairs = [(n // size, size) for n, size in zip(values.shape, sizes, strict=True)]
-    return values.reshape([n for pair in pairs for n in pair])
-
-
-def merge_blocks(leaf: Leaf, ndim: int) -> Leaf:
-    """Undo `split_blocks` in every field of a leaf or of levels for values of `ndim` axes."""
-
-    def merge(field: jax.Array) -> jax.Array:
-        pairs = [field.shape[2 * axis] * field.shape[2 * axis + 1] for axis in range(ndim)]
-        return field.reshape(*pairs, *field.shape[2 * ndim :])
-
-    return jax.tree.map(merge, leaf)
-
-
-def split_levels(levels: Levels, ndim: int) -> Levels:
-    """Give every field of merged levels an axis of size one after each of its `ndim` axes."""
-
-    def split(field: jax.Array) -> jax.Array:
-        pairs = [n for size in field.shape[:ndim] for n in (size, 1)]
-        return field.reshape(*pairs, *field.shape[ndim:])
-
-    return jax.tree.map(split, levels)
 
 
 def _fit(
@@ -107,63 +74,6 @@ def narrowed(leaf: Leaf, wide: Any, narrow: Any) -> Leaf:
     return jax.tree_util.tree_map_with_path(store, leaf)
 
 
-# --- Compact blocks: the same without axes of size one -------------------------------------------
-#
-# An axis of size one innermost, as per-channel blocks have it, makes XLA's loops on a CPU many
-# times slower; so whatever is done to every element is done on these.
-
-
-def compact_blocks(values: jax.Array, spec: QuantSpec) -> tuple[jax.Array, tuple[int, ...]]:
-    """Split the axes that blocks divide in two, and return the axes within a block.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> blocks, within = compact_blocks(jnp.ones((128, 32)), QuantSpec(block=(64, 1)))
-      >>> blocks.shape, within
-      ((2, 64, 32), (1,))
-    """
-    dims: list[int] = []
-    within: list[int] = []
-    for n, size in zip(values.shape, block_sizes(values.shape, spec.block), strict=True):
-        if n > size or size == 1:
-            dims.append(n // size)
-        if size > 1:
-            within.append(len(dims))
-            dims.append(size)
-    return values.reshape(dims), tuple(within)
-
-
-def _divided(shape: tuple[int, ...], spec: QuantSpec) -> list[int]:
-    """Return how many axes `compact_blocks` makes of each axis: one or two."""
-    sizes = block_sizes(shape, spec.block)
-    return [2 if n > size > 1 else 1 for n, size in zip(shape, sizes, strict=True)]
-
-
-def from_compact(leaf: Leaf, shape: tuple[int, ...], spec: QuantSpec) -> Leaf:
-    """Give every field of a leaf of compact blocks the axes of values of `shape`."""
-    parts = _divided(shape, spec)
-
-    def merge(field: jax.Array) -> jax.Array:
-        dims, at = [], 0
-        for count in parts:
-            dims.append(math.prod(field.shape[at : at + count]))
-            at += count
-        return field.reshape(*dims, *field.shape[at:])
-
-    return jax.tree.map(merge, leaf)
-
-
-def to_compact(levels: Levels, shape: tuple[int, ...], spec: QuantSpec) -> Levels:
-    """Undo `from_compact` for levels, whose fields have one entry a block."""
-    parts = _divided(shape, spec)
-
-    def split(field: jax.Array) -> jax.Array:
-        dims = [n for count, n in zip(parts, field.shape, strict=False) for n in (n, 1)[:count]]
-        return field.reshape(*dims, *field.shape[len(parts) :])
-
-    return jax.tree.map(split, levels)
-
-
 def fit_levels(values: jax.Array, spec: QuantSpec) -> Levels:
     """Choose the levels of each block of an array, without codes.
 
@@ -176,8 +86,8 @@ def fit_levels(values: jax.Array, spec: QuantSpec) -> Levels:
       float32 for narrower values.
     """
     exact = working_dtype(values.dtype)
-    levels, _, _ = _fit(*compact_blocks(values.astype(exact), spec), spec, values.dtype)
-    return from_compact(levels, values.shape, spec)
+    levels, _, _ = _fit(*split_blocks(values.astype(exact), spec), spec, values.dtype)
+    return merge_blocks(levels, values.shape, spec)
 
 
 def encode(values: jax.Array, levels: Levels, spec: QuantSpec) -> Leaf:
@@ -192,18 +102,18 @@ def encode(values: jax.Array, levels: Levels, spec: QuantSpec) -> Leaf:
       The levels with codes.
     """
     exact = working_dtype(values.dtype)
-    blocks, _ = compact_blocks(values.astype(exact), spec)
-    leaf = spec.grid.encode(blocks, to_compact(levels, values.shape, spec), spec.bits)
-    return from_compact(leaf, values.shape, spec)
+    blocks, _ = split_blocks(values.astype(exact), spec)
+    leaf = spec.grid.encode(blocks, split_levels(levels, values.shape, spec), spec.bits)
+    return merge_blocks(leaf, values.shape, spec)
 
 
 @partial(jax.jit, static_argnames="spec")
 def _quantize(values: jax.Array, spec: QuantSpec) -> tuple[Leaf, jax.Array]:
     """Return the leaf, and where the values lay inside the range."""
     exact = working_dtype(values.dtype)
-    blocks, within = compact_blocks(values.astype(exact), spec)
+    blocks, within = split_blocks(values.astype(exact), spec)
     levels, low, high = _fit(blocks, within, spec, values.dtype)
-    leaf = from_compact(spec.grid.encode(blocks, levels, spec.bits), values.shape, spec)
+    leaf = merge_blocks(spec.grid.encode(blocks, levels, spec.bits), values.shape, spec)
     inside = (blocks >= low) & (blocks <= high)
     return narrowed(leaf, exact, values.dtype), inside.reshape(values.shape)
 
@@ -242,7 +152,7 @@ def quantize(values: ArrayLike, spec: QuantSpec) -> Leaf:
 @partial(jax.jit, static_argnames="spec")
 def _quantize_stochastically(key: jax.Array, values: jax.Array, spec: QuantSpec) -> Leaf:
     exact = working_dtype(values.dtype)
-    blocks, within = compact_blocks(values.astype(exact), spec)
+    blocks, within = split_blocks(values.astype(exact), spec)
     levels, _, _ = _fit(blocks, within, spec, values.dtype)
     below, above = spec.grid.neighbours(blocks, levels, spec.bits)
     low, high = materialize(below), materialize(above)
@@ -250,7 +160,7 @@ def _quantize_stochastically(key: jax.Array, values: jax.Array, spec: QuantSpec)
     share = (jnp.clip(blocks, low, high) - low) / jnp.where(width > 0, width, 1.0)
     up = jax.random.uniform(key, blocks.shape, exact) < share
     leaf = below.replace(codes=jnp.where(up, above.codes, below.codes))
-    return narrowed(from_compact(leaf, values.shape, spec), exact, values.dtype)
+    return narrowed(merge_blocks(leaf, values.shape, spec), exact, values.dtype)
 
 
 def quantize_stochastically(key: jax.Array, values: ArrayLike, spec: QuantSpec) -> Leaf:

@@ -9,8 +9,9 @@ from jax.typing import ArrayLike
 from jopt._arrays import working_dtype
 from jopt._leaves import QTensor
 from jopt.quant._binary import block_axes, positive_scale
+from jopt.quant._blocks import merge_blocks, split_blocks
 from jopt.quant._grids import Grid, symmetric
-from jopt.quant._quantize import check_values, merge_blocks, split_blocks
+from jopt.quant._quantize import check_values
 from jopt.quant._spec import QuantSpec
 
 _FACTOR = 0.7
@@ -103,13 +104,12 @@ section 2.2, of which 0.7 is the approximation for weights that are spread like 
 
 @partial(jax.jit, static_argnames="block")
 def _ternarize(weights: jax.Array, block: tuple[int, ...]) -> QTensor:
-    exact = working_dtype(weights.dtype)
-    blocks = split_blocks(weights.astype(exact), QuantSpec(2, block))
-    axes = tuple(range(1, blocks.ndim, 2))
-    threshold, scale = _rule(jnp.abs(blocks), axes)
+    spec = QuantSpec(2, block)
+    blocks, within = split_blocks(weights.astype(working_dtype(weights.dtype)), spec)
+    threshold, scale = _rule(jnp.abs(blocks), within)
     codes = jnp.where(jnp.abs(blocks) > threshold, jnp.sign(blocks), jnp.zeros_like(blocks))
     scale = positive_scale(scale).astype(weights.dtype)
-    return merge_blocks(QTensor(codes.astype(jnp.int2), scale), weights.ndim)
+    return merge_blocks(QTensor(codes.astype(jnp.int2), scale), weights.shape, spec)
 
 
 def ternarize(weights: ArrayLike, block: tuple[int, ...] = (1,)) -> QTensor:

@@ -9,9 +9,11 @@ from jax.typing import ArrayLike
 
 from jopt._arrays import expand_blocks, working_dtype
 from jopt._leaves import CodebookTensor
-from jopt._trees import Filter, flatten_with_paths, is_kernel, select
+from jopt._trees import Filter, is_kernel
 from jopt.quant._binary import with_slope
-from jopt.quant._quantize import check_values, merge_blocks, split_blocks
+from jopt.quant._blocks import merge_blocks, split_blocks
+from jopt.quant._by_path import in_both, map_with, naming_leaf, refuse_non_finite, selected
+from jopt.quant._quantize import check_values
 from jopt.quant._spec import QuantSpec
 
 _ZERO_CODE = 1
@@ -38,9 +40,10 @@ def _regions(
     ):
         raise ValueError(f"scales of shape {counts} do not divide weights {weights.shape}.")
     block = tuple(size // count for size, count in zip(weights.shape, counts, strict=True))
-    blocks = jnp.abs(split_blocks(weights, QuantSpec(2, block)))
-    largest = jnp.max(blocks, tuple(range(1, blocks.ndim, 2)), keepdims=True)
-    limits = jnp.asarray(threshold, weights.dtype) * merge_blocks(largest, weights.ndim)
+    blocks, within = split_blocks(weights, QuantSpec(2, block))
+    largest = jnp.max(jnp.abs(blocks), within, keepdims=True)
+    limits = jnp.asarray(threshold, weights.dtype) * largest
+    limits = merge_blocks(limits, weights.shape, QuantSpec(2, block))
     limit = expand_blocks(limits, weights.shape)
     return weights > limit, weights < -limit
 
@@ -115,8 +118,8 @@ def ttq(
 @partial(jax.jit, static_argnames="block")
 def _ttq_init(weights: jax.Array, block: tuple[int, ...], threshold: ArrayLike) -> TernaryScales:
     exact = working_dtype(weights.dtype)
-    blocks = split_blocks(weights.astype(exact), QuantSpec(2, block))
-    axes = tuple(range(1, blocks.ndim, 2))
+    spec = QuantSpec(2, block)
+    blocks, axes = split_blocks(weights.astype(exact), spec)
     largest = jnp.max(jnp.abs(blocks), axes, keepdims=True)
     limit = jnp.asarray(threshold, exact) * largest
 
@@ -124,7 +127,7 @@ def _ttq_init(weights: jax.Array, block: tuple[int, ...], threshold: ArrayLike) 
         count = jnp.sum(kept.astype(exact), axes, keepdims=True)
         total = jnp.sum(jnp.where(kept, jnp.abs(blocks), 0.0), axes, keepdims=True)
         level = jnp.where(count > 0, total / jnp.maximum(count, 1.0), largest)
-        return merge_blocks(level, weights.ndim).astype(weights.dtype)
+        return merge_blocks(level, weights.shape, spec).astype(weights.dtype)
 
     return TernaryScales(mean(blocks > limit), mean(blocks < -limit))
 
@@ -231,34 +234,8 @@ def ttq_init_params(
       >>> optax.apply_updates(trained, updates)["scales"]["kernel"].positive.round(2)
       Array([[1.9]], dtype=float32)
     """
-    paths, leaves, _ = flatten_with_paths(params)
-    chosen = jax.tree.leaves(select(params, where))
-    return {
-        path: _named(path, ttq_init, leaf, block, threshold)
-        for path, leaf, take in zip(paths, leaves, chosen, strict=True)
-        if take
-    }
-
-
-def _named(path: str, function: Any, *args: Any) -> Any:
-    try:
-        return function(*args)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
-
-
-def _with_scales(params: Any, scales: dict[str, TernaryScales], each: Any) -> Any:
-    paths, leaves, treedef = flatten_with_paths(params)
-    unknown = sorted(set(scales) - set(paths))
-    if unknown:
-        raise ValueError(f"scales are given for {unknown}, where params have no leaf.")
-    return jax.tree.unflatten(
-        treedef,
-        [
-            each(path, leaf, scales[path]) if path in scales else leaf
-            for path, leaf in zip(paths, leaves, strict=True)
-        ],
-    )
+    start = naming_leaf(ttq_init, block, threshold)
+    return {path: start(path, leaf) for path, leaf in selected(params, where).items()}
 
 
 def ttq_params(params: Any, scales: dict[str, TernaryScales], threshold: ArrayLike = 0.05) -> Any:
@@ -275,7 +252,7 @@ def ttq_params(params: Any, scales: dict[str, TernaryScales], threshold: ArrayLi
       A tree of the same structure, shapes and dtypes.
 
     Raises:
-      ValueError: a path of `scales` is not in `params`, or shapes do not fit.
+      ValueError: a path of `scales` is not in `params`, `scales` is empty, or shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -283,9 +260,11 @@ def ttq_params(params: Any, scales: dict[str, TernaryScales], threshold: ArrayLi
       >>> ttq_params(params, ttq_init_params(params))
       {'kernel': Array([[ 2.5, -1. ,  2.5]], dtype=float32)}
     """
-    return _with_scales(
-        params, scales, lambda path, leaf, pair: _named(path, ttq, leaf, *pair, threshold)
-    )
+
+    def round_leaf(leaf: Any, pair: TernaryScales) -> jax.Array:
+        return ttq(leaf, *pair, threshold)
+
+    return map_with(naming_leaf(round_leaf), params, scales, "scales")
 
 
 def ttq_quantize_params(
@@ -302,7 +281,8 @@ def ttq_quantize_params(
       The tree with a `CodebookTensor` at each path of `scales`.
 
     Raises:
-      ValueError: a path of `scales` is not in `params`, or shapes do not fit.
+      ValueError: a path of `scales` is not in `params`, `scales` is empty, shapes do not fit,
+        or there is NaN or infinity (outside jit).
 
     Example:
       >>> import jax.numpy as jnp
@@ -310,6 +290,10 @@ def ttq_quantize_params(
       >>> ttq_quantize_params(params, ttq_init_params(params))["kernel"].codes
       Array([[2, 0, 2]], dtype=uint2)
     """
-    return _with_scales(
-        params, scales, lambda path, leaf, pair: _named(path, ttq_quantize, leaf, *pair, threshold)
-    )
+
+    def replace_leaf(leaf: Any, pair: TernaryScales) -> CodebookTensor:
+        return ttq_quantize(leaf, *pair, threshold)
+
+    small = map_with(naming_leaf(replace_leaf), params, scales, "scales")
+    refuse_non_finite({"params": params, "scales": scales}, in_both("scales", scales))
+    return small
