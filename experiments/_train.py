@@ -7,7 +7,8 @@ A step takes whole arrays and one batch of indices, so nothing but indices ever 
     carry, losses = run_epoch(step, carry, images, labels, epoch_order(key, len(labels), 128))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -205,3 +206,13 @@ def random_shift(key: Array, images: Array, max_shift: int) -> Array:
         return lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
 
     return jax.vmap(crop)(padded, offsets)
+
+
+@contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Compile without optimizing: a trial of a few steps does little else than compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

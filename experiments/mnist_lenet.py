@@ -21,8 +21,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -348,16 +347,6 @@ def run(settings: Settings, data: _data.Dataset, out: Path, work: Path, console:
     return results
 
 
-@contextmanager
-def quick_compilation() -> Iterator[None]:
-    """Compile without optimizing: a trial of a few steps does little else than compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 def experiment_name(data: _data.Dataset) -> str:
     """Name the results so that other data never overwrite those of full MNIST."""
     return "mnist_lenet" if data.tag == "mnist" else f"mnist_lenet-{data.tag}"
@@ -389,7 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     work = _data.CACHE / "mnist_lenet" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     if options.restart:
         shutil.rmtree(work, ignore_errors=True)
-    with quick_compilation() if options.smoke else nullcontext():
+    with _train.quick_compilation() if options.smoke else nullcontext():
         results = run(settings, data, out, work, console)
     _report.table(results, experiment_name(data), out, console)
     if options.smoke:

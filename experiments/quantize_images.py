@@ -11,15 +11,18 @@ the weights) get the format that the table names, the first and the last kernel 
 stay floats; batch norms are folded. Rows with "inputs" also quantize what goes into the layers.
 
 Choices (the number of epochs, the best method of a target) are made on a validation part of the
-training images; the test images are looked at once, at the end. Finished trainings are kept: a
-killed run goes on where it was, and `--restart` forgets them.
+training images; the test images are looked at once, at the end. Finished trainings and rows are
+kept: a killed run goes on where it was, and `--restart` forgets them.
 """
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ import optax
 from jax import Array
 from rich.console import Console
 
+import jopt
 from experiments import (
     _after_training,
     _checkpoint,
@@ -90,11 +94,11 @@ def _cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 class Run:
-    """The data, the settings and where finished trainings are kept."""
+    """The data, the settings and where finished trainings and rows are kept."""
 
     def __init__(self, settings: Settings, data: _data.Dataset, work: Path, say: Any) -> None:
         """Put the data on the device."""
-        self.settings, self.data, self.work, self.say = settings, data, work, say
+        self.settings, self.data, self.say = settings, data, say
         self.train, self.validation, self.test = (
             (jnp.asarray(images), jnp.asarray(labels))
             for images, labels in (data.train, data.validation, data.test)
@@ -103,11 +107,19 @@ class Run:
         # Made once, so that what is compiled for one seed serves the others.
         self.rows, self.recipes = _after_training.rows(), _through_training.recipes()
         if settings.trial:
-            self.rows = self.rows[:: len(self.rows) // 6]
+            self.rows = self.rows[:: len(self.rows) // 3]
             shortened = [dataclasses.replace(each, epochs=1) for each in self.recipes]
-            self.recipes = shortened[:: len(shortened) // 2]
+            self.recipes = shortened[:: len(shortened) - 1]
+        self.work = work / self._digest()
         self.float_step = self._float_step()
         self.recipe_steps = {each.name: self._recipe_step(each) for each in self.recipes}
+
+    def _digest(self) -> str:
+        """Return a name of what decides the trainings; other settings never take them over."""
+        settings = dataclasses.asdict(self.settings) | {"seeds": None}
+        recipes = [(each.name, each.epochs, each.rate) for each in self.recipes]
+        about = [jopt.__version__, settings, recipes, self.data.source, len(self.data.train[1])]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
 
     def fit(
         self,
@@ -202,39 +214,48 @@ def packed(tree: Tree, file: Path) -> tuple[int, Tree]:
     return size, codec.load(file)
 
 
+def score(run: Run, when: str, row: Any, tree: Tree, folder: Path) -> dict[str, Any]:
+    """Pack and reload a network and test it; returns its row of the results."""
+    size, tree = packed(tree, folder / "network.jopt")
+    tree = tree | {"params": materialize(tree["params"])}  # one compiled program for all rows
+    return {
+        "when": when,
+        "method": "float32" if row is None else row.method,
+        "format": "float32" if row is None else row.format,
+        "inputs": 0 if row is None else row.inputs,
+        "bytes": size,
+        "validation": round(1 - _cnn.error(tree, run.validation), 6),
+        "test": round(1 - _cnn.error(tree, run.test), 6),
+    }
+
+
 def measure(run: Run, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Make every row for one seed and score it on validation and test images."""
+    """Make and score every row for one seed that is not among the finished ones."""
+    rows: dict[str, tuple[str, Any]] = {"float": ("float", None)}
+    rows |= {f"after {row.name}": ("after", row) for row in run.rows}
+    rows |= {f"through {recipe.name}": ("through", recipe) for recipe in run.recipes}
+    file = run.work / f"rows-{seed}.json"
+    done = json.loads(file.read_text()) if file.exists() else {}
+    if rows.keys() <= done.keys():
+        return [done[name] for name in rows]
     params = run.float_network(seed)
     network = run.calibrated(params)
-    made: list[tuple[str, Any, Any]] = [
-        ("float", None, lambda: {"params": network.params, "inputs": {}})
-    ]
-    made += [("after", row, lambda row=row: _after_training.make(row, network)) for row in run.rows]
-    made += [
-        ("through", recipe, lambda each=recipe: run.trained(each, seed, params, network.ranges))
-        for recipe in run.recipes
-    ]
-    rows = []
-    for when, row, make in made:
-        size, tree = packed(make(), folder / "network.jopt")
-        tree = tree | {"params": materialize(tree["params"])}  # one compiled program for all rows
-        validation, test = _cnn.error(tree, run.validation), _cnn.error(tree, run.test)
-        rows.append(
-            {
-                "when": when,
-                "method": "float32" if row is None else row.method,
-                "format": "float32" if row is None else row.format,
-                "inputs": 0 if row is None else row.inputs,
-                "bytes": size,
-                "validation": round(1 - validation, 6),
-                "test": round(1 - test, 6),
-            }
-        )
+    for name, (when, row) in rows.items():
+        if name in done:
+            continue
+        if when == "float":
+            tree = {"params": network.params, "inputs": {}}
+        elif when == "after":
+            tree = _after_training.make(row, network)
+        else:
+            tree = run.trained(row, seed, params, network.ranges)
+        done[name] = score(run, when, row, tree, folder)
+        _results.write_atomically(file, json.dumps(done).encode())
         run.say(
-            f"seed {seed}, {when}: {rows[-1]['method']} {rows[-1]['format']}: {size:,} bytes, "
-            f"validation {1 - validation:.2%}"
+            f"seed {seed}, {name}: {done[name]['bytes']:,} bytes, "
+            f"validation {done[name]['validation']:.2%}"
         )
-    return rows
+    return [done[name] for name in rows]
 
 
 def train_all(run: Run, seed: int) -> None:
@@ -263,6 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train-only", action="store_true", help="train, measure nothing")
     parser.add_argument("--smoke", action="store_true", help="an epoch of a few images")
     parser.add_argument("--restart", action="store_true", help="forget finished trainings")
+    parser.add_argument("--out", type=Path, default=_results.RESULTS, help="where results go")
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
     console.width = max(console.width, 120)  # the table has ten columns
@@ -278,20 +300,23 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if data.note:
         console.print(data.note)
-    out, work = _results.RESULTS, _data.CACHE / experiment_name(data)
+    out = options.out
     if options.smoke:
         settings, data = smoke(settings), _data.head(data, 512)
-        out = work = Path(tempfile.mkdtemp())
-    if options.restart and work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    run = Run(settings, data, work, lambda words: console.print(words))
-    if options.train_only:
-        for seed in settings.seeds:
-            train_all(run, seed)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        by_seed = [measure(run, seed, Path(folder)) for seed in settings.seeds]
+        out = _data.CACHE / "smoke" if out == _results.RESULTS else out
+    run = Run(settings, data, _data.CACHE / "quantize_images", lambda words: console.print(words))
+    if options.restart:
+        shutil.rmtree(run.work, ignore_errors=True)
+    run.work.mkdir(parents=True, exist_ok=True)
+    with _train.quick_compilation() if options.smoke else nullcontext():
+        if options.train_only:
+            for seed in settings.seeds:
+                train_all(run, seed)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            by_seed = [measure(run, seed, Path(folder)) for seed in settings.seeds]
+    if options.smoke:
+        shutil.rmtree(run.work, ignore_errors=True)
     results = {
         "command": _results.command("experiments.quantize_images"),
         **_results.environment(("constriction", "tensorflow-datasets")),

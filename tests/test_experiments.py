@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _checkpoint, _data, _report, _results, _stages, evaluate, mnist_lenet
+from experiments import (
+    _checkpoint,
+    _data,
+    _report,
+    _results,
+    _stages,
+    evaluate,
+    mnist_lenet,
+    quantize_images,
+)
 from jopt import codec
 from tests import tiny_tfds
 
@@ -258,3 +267,37 @@ def test_the_report_fits_a_terminal_of_eighty_columns(smoke):
     _report.table(results, "mnist_lenet", out, console)
     text = console.export_text()
     assert "lenet_300_100" in text and "test error" in text and "…" not in text
+
+
+def test_the_quantization_experiment_runs_resumes_and_fits_its_table(tiny, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    score, scored = quantize_images.score, []
+
+    def killed_once(*args):
+        scored.append(args[2] and args[2].name)
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(quantize_images, "score", killed_once)
+    arguments = ["--dataset", tiny, "--smoke", "--out", str(tmp_path / "out")]
+    with pytest.raises(KeyboardInterrupt):
+        quantize_images.main(arguments)
+    quantize_images.main(arguments)
+    assert len(scored) == len(set(scored)) + 1 and scored[3] == scored[4]  # finished rows are kept
+    file = tmp_path / "out" / "quantize_images-tiny_digits-head.json"
+    results = json.loads(file.read_text())
+    rows = results["figures"]["rows"]
+    assert len(rows) == len(set(scored)) and {row["when"] for row in rows} == {
+        "float",
+        "after",
+        "through",
+    }
+    assert all(row["mean_bytes"] < rows[0]["mean_bytes"] for row in rows[1:])
+    assert results["targets"] == []  # asked for on full Fashion-MNIST only
+    assert file.with_suffix(".png").stat().st_size > 1000
+    console = Console(width=120, record=True, file=io.StringIO())
+    quantize_images._quantize_report.table(results, console)
+    text = console.export_text()
+    assert "float32" in text and "…" not in text

@@ -1,7 +1,7 @@
 """Quantized inputs of layers at inference: ranges fixed beforehand, or taken from each input.
 
 The input of a layer is rounded to what its codes would restore, in place, whatever library the
-model is written in (see `jopt.map_inputs`); it is how accurate the integer network will be.
+model is written in (see `map_inputs`); it is how accurate the integer network will be.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -36,7 +36,7 @@ def shared_axes(layer: Layer) -> tuple[int, ...] | None:
     stacked layers, inputs and outputs in this order, as where an embedding is used transposed.
 
     Example:
-      >>> from jopt import find_layers
+      >>> from jopt.quant import find_layers
       >>> def size(equation, *shape):
       ...     apply = lambda params, x: jnp.einsum(equation, x, params["w"])
       ...     found = find_layers(apply, {"w": jnp.ones(shape)}, jnp.ones((2, 8)))
