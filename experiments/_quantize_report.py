@@ -119,51 +119,72 @@ def table(results: dict[str, Any], console: Console) -> None:
         )
 
 
+def frontier(rows: list[Row], near: float = 0.05) -> list[Row]:
+    """Return the rows than which no smaller one does better on validation images, smallest first.
+
+    Of rows whose bytes differ by less than the share `near` only the best is kept.
+    """
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row["mean_bytes"], -row["mean_validation"])):
+        if not found or row["mean_validation"] > found[-1]["mean_validation"]:
+            if found and row["mean_bytes"] < (1 + near) * found[-1]["mean_bytes"]:
+                found.pop()
+            found.append(row)
+    return found
+
+
 def plot(rows: list[Row], file: Path) -> None:
-    """Draw test accuracy against bytes: the best method of each format."""
+    """Draw test accuracy against bytes, with the frontier that validation images choose."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter, PercentFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     base = rows[0]["mean_test"]
-    axes.axhline(base, color="gray", linewidth=1, linestyle="--")
-    lowest = base
+    axes.axhline(base, color="gray", linewidth=1, linestyle="--", label="float32")
+    lowest = base - 0.018
     for when, marker, color in (("after", "o", "tab:orange"), ("through", "s", "tab:blue")):
-        formats = dict.fromkeys(r["format"] for r in rows if r["when"] == when and not r["inputs"])
-        for number, format in enumerate(formats):
-            row = _best(rows, when, format, 0)
-            if row["mean_test"] < base - 0.06:
-                continue  # far below the rest
-            label = f"{when} training" if not number else None
-            spread = row["test"]
-            axes.plot([row["mean_bytes"]] * 2, [min(spread), max(spread)], color=color, alpha=0.5)
-            axes.plot(
-                row["mean_bytes"], row["mean_test"], marker, color=color, label=label, alpha=0.8
-            )
-            words = f"{format} bit" if format.isdigit() else format
+        shown = [
+            row
+            for row in rows
+            if row["when"] == when and not row["inputs"] and row["mean_test"] > lowest
+        ]
+        sizes, scores = ([row[key] for row in shown] for key in ("mean_bytes", "mean_test"))
+        axes.plot(sizes, scores, marker, color=color, alpha=0.25, markersize=4)
+        best = frontier(shown)
+        sizes, scores = ([row[key] for row in best] for key in ("mean_bytes", "mean_test"))
+        axes.plot(sizes, scores, f"{marker}:", color=color, label=f"{when} training", linewidth=1)
+        for row in best:
+            ends = [min(row["test"]), max(row["test"])]
+            axes.plot([row["mean_bytes"]] * 2, ends, color=color, alpha=0.4)
+            bits = f"{row['format']} bits" if row["format"].isdigit() else row["format"]
+            above = when == "through"
             axes.annotate(
-                words,
+                f"{row['method']}, {bits}",
                 (row["mean_bytes"], row["mean_test"]),
                 textcoords="offset points",
-                xytext=(5, 5 if when == "through" else -10),
-                fontsize=7,
+                xytext=(-5, 3) if above else (6, -2),
+                ha="right" if above else "left",
+                va="bottom" if above else "top",
+                fontsize=8,
                 color=color,
             )
-            lowest = min(lowest, *spread)
-    axes.plot([], [], "--", color="gray", label="float32")
     axes.set_xscale("log")
-    axes.set_ylim(lowest - 0.002, base + 0.004)
+    axes.set_ylim(lowest, base + 0.003)
+    axes.set_xlim(11e3, 420e3)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1000:,g} kB"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks([15e3, 20e3, 30e3, 40e3, 60e3, 80e3])
+    axes.set_xticks([15e3, 20e3, 30e3, 40e3, 60e3, 80e3, 120e3, 160e3, 240e3, 320e3])
+    axes.yaxis.set_major_locator(MultipleLocator(0.005))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.set_xlabel("bytes of the one file that reloads (log scale)")
-    axes.set_ylabel("test accuracy, mean of seeds")
+    axes.set_ylabel("test accuracy, mean and range of seeds")
     axes.set_title(
-        "best method of each format, by validation images", loc="left", fontweight="bold"
+        "every row without quantized inputs; lines: best on validation images for its size",
+        loc="left",
+        fontsize=10,
     )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
