@@ -64,6 +64,36 @@ def _by_method(method, spec):
     return transform
 
 
+def _statistics(features):
+    """Return the statistics of inputs that depend on each other."""
+    keys = jax.random.split(jax.random.key(5))
+    mix = jnp.eye(features) + 0.3 * jax.random.normal(keys[0], (features, features))
+    rows = jax.random.normal(keys[1], (4 * features, features)) @ mix
+    sums = quant.input_statistics.update(quant.input_statistics.init(features), rows)
+    return quant.input_statistics.finalise(sums)
+
+
+def _calibrated(method, spec):
+    """Quantize the kernels by a method after training, with inputs of their own."""
+
+    def transform(params):
+        kernels = quant.init_steps(params, spec, init=lambda leaf, spec: leaf)
+        statistics = {
+            path: _statistics(leaf.size // leaf.shape[-1]) for path, leaf in kernels.items()
+        }
+        return quant.quantize_calibrated_params(params, statistics, spec, method)[0]
+
+    return transform
+
+
+def _lsq_plus(params):
+    def transform(path, leaf):
+        step, offset = quant.lsq_plus_init(leaf, QuantSpec(3))
+        return quant.lsq_plus_quantize(leaf, step, offset, QuantSpec(3))
+
+    return map_selected(transform, params)
+
+
 def _scaled(params):
     """Put codes of scaled inputs behind a factor, as AWQ leaves them."""
 
@@ -111,6 +141,11 @@ TRANSFORMS = {
     "ttq": lambda params: quant.ttq_quantize_params(params, quant.ttq_init_params(params)),
     "hqq": _by_method(quant.hqq, _affine(3)),
     "hadamard": _by_method(quant.hadamard_rotation, QuantSpec(4)),
+    "gptq": _calibrated(quant.gptq, QuantSpec(3)),
+    "awq": _calibrated(quant.awq, _affine(3)),
+    "smooth_quant": _calibrated(quant.smooth_quant, QuantSpec(4)),
+    "weighted": _calibrated(quant.quantize_weighted, QuantSpec(3)),
+    "lsq_plus": _lsq_plus,
     "scaled": _scaled,
     "layer_magnitude": _masked(partial(prune.topk_masks, sparsity=0.9), prune.magnitude_scores),
     "global_magnitude": _masked(
