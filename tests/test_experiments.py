@@ -258,6 +258,24 @@ def test_every_figure_of_the_readme_is_in_the_results():
         codec.verify(file)
 
 
+def test_every_quantized_network_of_the_readme_is_in_the_results():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    figures = json.loads((_results.RESULTS / "quantize_images.json").read_text())["figures"]
+    rows = {
+        (row["method"], row["mean_bytes"], f"{100 * row['mean_test']:.2f}")
+        for row in figures["rows"]
+    }
+    cells = re.findall(r"\| ([^|]+): ([\d,]+) bytes, ([\d.]+) % ", readme)
+    assert len(cells) > 15
+    for method, size, accuracy in cells:
+        assert (method, int(size.replace(",", "")), accuracy) in rows
+    base = figures["rows"][0]
+    assert f"{base['mean_bytes']:,} bytes and {100 * base['mean_test']:.2f} % accuracy" in re.sub(
+        r"\s+", " ", readme
+    )
+    assert f"all {len(figures['rows'])} rows" in readme
+
+
 def test_the_report_fits_a_terminal_of_eighty_columns(smoke):
     from rich.console import Console
 
