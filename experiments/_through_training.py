@@ -111,17 +111,28 @@ def straight_through(
     )
 
 
+def _lsq_codes(bits: int) -> quant.CodeRange:
+    """Return as many levels below zero as above it, but for two bits all four."""
+    return quant.balanced_codes if bits > 2 else quant.signed_codes
+
+
 def learned_steps(method: str, bits: int, init: Callable, epochs: int = 3) -> Recipe:
     """Train kernels and the steps of their levels (LSQ), inputs in floats."""
-    spec = quant.QuantSpec(bits)
+    spec, codes = quant.QuantSpec(bits), _lsq_codes(bits)
+    start = partial(init, code_range=codes)
+    quantizer, exported = (
+        partial(each, code_range=codes) for each in (quant.lsq, quant.lsq_quantize)
+    )
     return Recipe(
         method,
         str(bits),
         0,
-        trains(lambda params, _: {"steps": quant.init_steps(params, spec, _cnn.INNER, init)}),
-        lambda tree: outer(quant.lsq_params(tree["params"], tree["steps"], spec)),
+        trains(lambda params, _: {"steps": quant.init_steps(params, spec, _cnn.INNER, start)}),
+        lambda tree: outer(quant.lsq_params(tree["params"], tree["steps"], spec, quantizer)),
         no_change,
-        lambda tree: outer_codes(quant.lsq_quantize_params(tree["params"], tree["steps"], spec)),
+        lambda tree: outer_codes(
+            quant.lsq_quantize_params(tree["params"], tree["steps"], spec, exported)
+        ),
         no_levels,
         epochs=epochs,
     )
@@ -215,15 +226,20 @@ def everything(bits: int, epochs: int = 3) -> list[Recipe]:
     spec = quant.QuantSpec(bits)
     whole = quant.QuantSpec(bits, ())
     words = str(bits)
+    codes = _lsq_codes(bits)
+    start = partial(quant.lsq_init_mse, code_range=codes)
 
     def steps_of(levels: Tree) -> Tree:
         return {layer: three[1] for layer, three in levels.items()}
 
-    def lsq_weights(tree: Tree) -> Tree:
-        return outer(quant.lsq_params(tree["params"], tree["steps"], spec))
+    def lsq_weights(tree: Tree, codes: quant.CodeRange = quant.signed_codes) -> Tree:
+        quantizer = partial(quant.lsq, code_range=codes)
+        return outer(quant.lsq_params(tree["params"], tree["steps"], spec, quantizer))
 
-    def lsq_codes(tree: Tree) -> Tree:
-        return outer_codes(quant.lsq_quantize_params(tree["params"], tree["steps"], spec))
+    def lsq_codes(tree: Tree, codes: quant.CodeRange = quant.signed_codes) -> Tree:
+        quantizer = partial(quant.lsq_quantize, code_range=codes)
+        small = quant.lsq_quantize_params(tree["params"], tree["steps"], spec, quantizer)
+        return outer_codes(small)
 
     def dorefa(tree: Tree) -> Tree:
         return outer(quant.dorefa_params(tree["params"], whole, _cnn.INNER))
@@ -247,13 +263,13 @@ def everything(bits: int, epochs: int = 3) -> list[Recipe]:
             bits,
             trains(
                 lambda params, levels: {
-                    "steps": quant.init_steps(params, spec, _cnn.INNER, quant.lsq_init_mse),
+                    "steps": quant.init_steps(params, spec, _cnn.INNER, start),
                     "input_steps": steps_of(levels),
                 }
             ),
-            lsq_weights,
+            partial(lsq_weights, codes=codes),
             partial(_lsq_inputs, bits),
-            lsq_codes,
+            partial(lsq_codes, codes=codes),
             partial(_levels_of, bits=bits),
             epochs=epochs,
         ),

@@ -108,7 +108,12 @@ def encode(values: jax.Array, levels: Levels, spec: QuantSpec) -> Leaf:
 
 
 @partial(jax.jit, static_argnames="spec")
-def _quantize(values: jax.Array, spec: QuantSpec) -> tuple[Leaf, jax.Array]:
+def _quantize(values: jax.Array, spec: QuantSpec) -> Leaf:
+    return _quantize_inside(values, spec)[0]
+
+
+@partial(jax.jit, static_argnames="spec")
+def _quantize_inside(values: jax.Array, spec: QuantSpec) -> tuple[Leaf, jax.Array]:
     """Return the leaf, and where the values lay inside the range."""
     exact = working_dtype(values.dtype)
     blocks, within = split_blocks(values.astype(exact), spec)
@@ -146,7 +151,7 @@ def quantize(values: ArrayLike, spec: QuantSpec) -> Leaf:
     """
     array = jnp.asarray(values)
     check_values(array, spec)
-    return _quantize(array, spec)[0]
+    return _quantize(array, spec)
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -246,5 +251,5 @@ def fake_quantize(values: ArrayLike, spec: QuantSpec) -> jax.Array:
     """
     array = jnp.asarray(values)
     check_values(array, spec)
-    leaf, inside = _quantize(jax.lax.stop_gradient(array), spec)
+    leaf, inside = _quantize_inside(jax.lax.stop_gradient(array), spec)
     return straight_through(array, materialize(leaf), inside)
