@@ -156,7 +156,10 @@ def plot(rows: list[Row], file: Path) -> None:
         best = frontier(shown)
         sizes, scores = ([row[key] for row in best] for key in ("mean_bytes", "mean_test"))
         axes.plot(sizes, scores, f"{marker}:", color=color, label=f"{when} training", linewidth=1)
+        lift, last = 0, 0.0
         for row in best:
+            lift = 12 - lift if row["mean_bytes"] < 1.3 * last else 0  # labels that would meet
+            last = row["mean_bytes"]
             ends = [min(row["test"]), max(row["test"])]
             axes.plot([row["mean_bytes"]] * 2, ends, color=color, alpha=0.4)
             bits = f"{row['format']} bits" if row["format"].isdigit() else row["format"]
@@ -165,7 +168,7 @@ def plot(rows: list[Row], file: Path) -> None:
                 f"{row['method']}, {bits}",
                 (row["mean_bytes"], row["mean_test"]),
                 textcoords="offset points",
-                xytext=(-5, 3) if above else (6, -2),
+                xytext=(-5, 3 + lift) if above else (6, -2 - lift),
                 ha="right" if above else "left",
                 va="bottom" if above else "top",
                 fontsize=8,
