@@ -9,7 +9,7 @@ import jax
 from jax import Array
 
 from experiments import _cnn
-from jopt import quant
+from jopt import layers, quant
 
 Tree = Any
 EIGHT = quant.QuantSpec(8)
@@ -27,7 +27,7 @@ class Network:
     """
 
     params: Tree
-    statistics: dict[str, quant.InputStatistics]
+    statistics: dict[str, layers.InputStatistics]
     ranges: dict[str, Any]
 
 
@@ -57,7 +57,7 @@ class Row:
 def calibrated(params: Tree, images: Array) -> Network:
     """Gather the statistics of a folded network's inputs over uint8 images."""
     batches = [images[at : at + 128].astype("float32") / 255 for at in range(0, len(images), 128)]
-    statistics = quant.calibrate(_cnn.traced_logits, params, batches)
+    statistics = layers.calibrate(_cnn.traced_logits, params, batches)
     return Network(params, statistics, _cnn.layer_ranges(params, images))
 
 

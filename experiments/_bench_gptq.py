@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments._results import target
+from jopt.layers._feedback import feedback_factor, round_with_feedback
+from jopt.layers._statistics import InputStatistics
 from jopt.quant import QuantSpec
 from jopt.quant._gptq import as_stored, gptq
-from jopt.quant._gptq_core import feedback_factor, round_with_feedback
 from jopt.quant._quantize import fit_levels
-from jopt.quant._statistics import InputStatistics
 
 SEED = 0
 BITS = 4

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments import _convolution, _models, _train
-from jopt import is_compressed, materialize, quant
+from jopt import is_compressed, layers, materialize, quant
 
 Tree = Any
 LAYERS = ("conv1", "conv2", "conv3", "dense1", "dense2")
@@ -85,7 +85,7 @@ def estimate(params: Tree, change: _models.ChangeInputs, images: Array, batch: i
         for norm in NORMS.values()
     }
     full = [images[at : at + batch] for at in range(0, len(images) - batch + 1, batch)]
-    return quant.reestimate_batch_norm(update, params, averages, full or [images])
+    return layers.reestimate_batch_norm(update, params, averages, full or [images])
 
 
 def _with_factor(leaf: Any, factor: Array) -> Any:

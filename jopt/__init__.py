@@ -2,6 +2,7 @@
 
 Everything is a function from a pytree of parameters to a pytree of parameters:
 
+- `jopt.layers`: what the layers of any model are, and what their inputs are like.
 - `jopt.quant`: few-bit codes instead of floats.
 - `jopt.prune`: zeros instead of weights that do not matter, held there by optax transforms.
 - `jopt.distill`: losses with which a small network learns from a large one.
@@ -9,7 +10,7 @@ Everything is a function from a pytree of parameters to a pytree of parameters:
 - `jopt.materialize`: back to plain arrays, inside the jitted function.
 """
 
-from jopt import codec, distill, prune, quant
+from jopt import codec, distill, layers, prune, quant
 from jopt._arrays import materialize, nbytes
 from jopt._leaves import (
     BitTensor,
@@ -34,6 +35,7 @@ __all__ = [
     "distill",
     "is_compressed",
     "is_kernel",
+    "layers",
     "materialize",
     "nbytes",
     "prune",

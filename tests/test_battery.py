@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jopt
-from jopt import codec, distill, prune, quant
+from jopt import codec, distill, layers, prune, quant
 from jopt._trees import map_selected
 from jopt.quant import QuantSpec
 
@@ -69,8 +69,8 @@ def _statistics(features):
     keys = jax.random.split(jax.random.key(5))
     mix = jnp.eye(features) + 0.3 * jax.random.normal(keys[0], (features, features))
     rows = jax.random.normal(keys[1], (4 * features, features)) @ mix
-    sums = quant.input_statistics.update(quant.input_statistics.init(features), rows)
-    return quant.input_statistics.finalise(sums)
+    sums = layers.input_statistics.update(layers.input_statistics.init(features), rows)
+    return layers.input_statistics.finalise(sums)
 
 
 def _calibrated(method, spec):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = {"_leaves", "_arrays", "_trees", "_layers"}
+BASE = {"_leaves", "_arrays", "_trees", "layers"}
 ALLOWED = {
     "_leaves": set(),
     "_arrays": {"_leaves"},
-    "_trees": BASE - {"_trees", "_layers"},
-    "_layers": BASE - {"_layers"},
+    "_trees": BASE - {"_trees", "layers"},
+    "layers": BASE - {"layers"},
     "quant": BASE,
     "prune": BASE,
     "distill": BASE,
@@ -62,7 +62,7 @@ def test_import_jopt_stays_light():
 def test_every_public_name_is_exported_once_and_documented():
     import jopt
 
-    for module in (jopt, jopt.quant, jopt.prune, jopt.distill, jopt.codec):
+    for module in (jopt, jopt.layers, jopt.quant, jopt.prune, jopt.distill, jopt.codec):
         assert sorted(module.__all__) == sorted(set(module.__all__))
         for name in module.__all__:
             value = getattr(module, name)

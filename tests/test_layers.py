@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from jopt._arrays import QTensor
-from jopt._layers import find_layers, from_matrix, layer_inputs, map_inputs, to_matrix
+from jopt.layers import find_layers, from_matrix, layer_inputs, map_inputs, to_matrix
 from tests import oracles_layers as oracles
 
 KEY = jax.random.key(0)

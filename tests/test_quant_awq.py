@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import jopt
-from jopt import quant
+from jopt import layers, quant
+from jopt.layers._statistics import input_statistics
 from jopt.quant import QuantSpec
 from jopt.quant._awq import awq
 from jopt.quant._codebook import nf4
 from jopt.quant._smooth import smooth_quant, smoothed_inputs
-from jopt.quant._statistics import input_statistics
 from tests import oracles_gptq as oracles
 
 SPEC = QuantSpec(3, (8, 1), quant.minmax, quant.affine)
@@ -131,7 +131,7 @@ def test_narrow_weights_keep_their_dtype_and_codebooks_work(method):
     assert leaf.factor.dtype == jopt.materialize(leaf).dtype == jnp.bfloat16
     assert bool(outcome.improved)
     np.testing.assert_allclose(
-        quant.output_error(weights, leaf, statistics),
+        layers.output_error(weights, leaf, statistics),
         oracles.output_error(weights, jopt.materialize(leaf), statistics.gram),
         rtol=1e-3,
     )

@@ -10,9 +10,9 @@ from flax import nnx
 
 import jopt
 from jopt import quant
+from jopt.layers._reestimate import average_statistics, reestimate_batch_norm
 from jopt.quant import QuantSpec
 from jopt.quant._batch_norm import fold_batch_norm, fold_batch_norms, remove_batch_norms
-from jopt.quant._reestimate import average_statistics, reestimate_batch_norm
 from tests import oracles_training as oracles
 
 

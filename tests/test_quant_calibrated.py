@@ -12,17 +12,17 @@ import pytest
 import jopt
 from jopt import quant
 from jopt._leaves import RotatedTensor, ScaledTensor
+from jopt.layers._calibrate import calibrate
+from jopt.layers._outcome import Outcome, keep_better
+from jopt.layers._statistics import InputStatistics
 from jopt.quant import QuantSpec
 from jopt.quant._awq import awq
-from jopt.quant._calibrate import calibrate
 from jopt.quant._calibrated import format_report, quantize_calibrated_params
 from jopt.quant._codebook import nf4
 from jopt.quant._drift import Drift, corrected_weights, drifted_error
 from jopt.quant._gptq import gptq
-from jopt.quant._outcome import Outcome, keep_better
 from jopt.quant._propagate import quantize_in_order
 from jopt.quant._smooth import smooth_quant
-from jopt.quant._statistics import InputStatistics
 from tests import trained
 
 SPEC = QuantSpec(3, (16, 1), quant.minmax, quant.affine)

@@ -11,6 +11,16 @@ import pytest
 
 import jopt
 from jopt import quant
+from jopt.layers._calibrate import accumulate, calibrate, finalise_states, merge_states
+from jopt.layers._statistics import (
+    Extremes,
+    Statistic,
+    extremes,
+    input_statistics,
+    moving_average,
+    per_feature,
+    together,
+)
 from jopt.quant import QuantSpec
 from jopt.quant._activations import (
     activation_ranges,
@@ -21,7 +31,6 @@ from jopt.quant._activations import (
 )
 from jopt.quant._adequacy import activation_adequacy, adequacy, usage
 from jopt.quant._adequacy_report import advice, format_adequacy
-from jopt.quant._calibrate import accumulate, calibrate, finalise_states, merge_states
 from jopt.quant._entropy import entropy
 from jopt.quant._histogram import histogram
 from jopt.quant._histogram_ranges import (
@@ -35,15 +44,6 @@ from jopt.quant._histogram_ranges import (
 )
 from jopt.quant._percentile import percentile
 from jopt.quant._range_search import mse, mse_search
-from jopt.quant._statistics import (
-    Extremes,
-    Statistic,
-    extremes,
-    input_statistics,
-    moving_average,
-    per_feature,
-    together,
-)
 from jopt.quant._weighted import quantize_weighted
 from tests import oracles_calibration as oracles
 

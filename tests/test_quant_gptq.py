@@ -7,11 +7,11 @@ import pytest
 import jopt
 from jopt import quant
 from jopt._leaves import CodebookTensor
+from jopt.layers._statistics import InputStatistics, input_statistics
 from jopt.quant import QuantSpec
 from jopt.quant._codebook import nf4
 from jopt.quant._floats import nvfp4
 from jopt.quant._gptq import as_stored, by_importance, gptq
-from jopt.quant._statistics import InputStatistics, input_statistics
 from jopt.quant._tables import encode_nearest
 from tests import oracles_gptq as oracles
 

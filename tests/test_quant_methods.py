@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 import jopt
-from jopt import quant
+from jopt import layers, quant
+from jopt.layers._outcome import output_error
 from jopt.quant import QuantSpec
 from jopt.quant._adaround import adaround
 from jopt.quant._bias import correct_bias, correct_biases
 from jopt.quant._equalize import equalize, equalize_params
 from jopt.quant._hadamard import hadamard_rotation
 from jopt.quant._hqq import hqq
-from jopt.quant._outcome import output_error
 from tests import trained
 
 AFFINE = QuantSpec(3, (16, 1), quant.minmax, quant.affine)
@@ -191,7 +191,7 @@ def test_a_depthwise_bias_is_corrected_by_group():
     weights = jax.random.normal(key, (3, 3, 1, 5))
     mean = jax.random.normal(jax.random.key(1), (5, 9))
     gram = jnp.tile(jnp.eye(9)[None], (5, 1, 1))
-    statistics = quant.input_statistics.finalise(quant.input_statistics.init(9))
+    statistics = layers.input_statistics.finalise(layers.input_statistics.init(9))
     statistics = statistics._replace(mean=mean, gram=gram)
     leaf = quant.quantize(weights, QuantSpec(2))
     got = correct_bias(jnp.zeros(5), weights, leaf, statistics)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jopt
-from jopt import codec, quant
+from jopt import codec, layers, quant
 from jopt.quant import QuantSpec
 
 KINDS = {
@@ -99,7 +99,7 @@ def vmapped_nnx():
 @pytest.mark.parametrize("method", ["gptq", "awq", "smooth_quant", "adaround", "quantize_weighted"])
 def test_methods_after_training_reach_scanned_and_vmapped_modules(build, method):
     apply, params, x = build()
-    statistics = quant.calibrate(apply, params, [x])
+    statistics = layers.calibrate(apply, params, [x])
     (path,) = statistics
     assert statistics[path].gram.shape == (3, 16, 16)
     small, report = quant.quantize_calibrated_params(
@@ -123,13 +123,13 @@ def test_copies_with_one_input_count_as_stacked_layers():
     def apply(params, x):
         return jax.vmap(lambda kernel: x @ kernel)(params["kernel"])
 
-    statistics = quant.calibrate(apply, {"kernel": kernels}, [x])["kernel"]
+    statistics = layers.calibrate(apply, {"kernel": kernels}, [x])["kernel"]
     assert statistics.gram.shape == (3, 16, 16)
     for method in (quant.gptq, quant.awq):
         small, report = quant.quantize_calibrated_params(
             {"kernel": kernels}, {"kernel": statistics}, QuantSpec(3), method
         )
-        alone = quant.calibrate(lambda kernel, x: x @ kernel, kernels[1], [x])[""]
+        alone = layers.calibrate(lambda kernel, x: x @ kernel, kernels[1], [x])[""]
         leaf, outcome = method(kernels[1], alone, QuantSpec(3))
         np.testing.assert_allclose(
             jopt.materialize(small["kernel"])[1], jopt.materialize(leaf), rtol=1e-3, atol=1e-3
@@ -146,11 +146,11 @@ def test_a_square_embedding_used_transposed_is_not_taken_for_a_dense_kernel():
     def apply(params, ids):
         return params["table"][ids] @ params["table"].T
 
-    statistics = quant.calibrate(apply, params, [ids])
+    statistics = layers.calibrate(apply, params, [ids])
     assert statistics == {}
     _, report = quant.quantize_calibrated_params(params, statistics, QuantSpec(3), quant.gptq)
     assert report == {"table": "rounded to nearest: no statistics"}
-    assert set(quant.accumulate(apply, params, [ids])) == {"table"}
+    assert set(layers.accumulate(apply, params, [ids])) == {"table"}
 
 
 def test_weight_only_convolutions_are_quantized_by_every_method():
@@ -166,7 +166,7 @@ def test_weight_only_convolutions_are_quantized_by_every_method():
     def apply(params, x) -> Any:
         return Net().apply({"params": params}, x)
 
-    statistics = quant.calibrate(apply, params, [x])
+    statistics = layers.calibrate(apply, params, [x])
     for method in (quant.gptq, quant.awq, quant.quantize_weighted):
         small, report = quant.quantize_calibrated_params(params, statistics, QuantSpec(3), method)
         assert set(report) == {"conv/kernel", "depthwise/kernel"}

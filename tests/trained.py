@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.quant._statistics import input_statistics
+from jopt.layers._statistics import input_statistics
 
 WIDTHS = (64, 48, 32, 8)
 

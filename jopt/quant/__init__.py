@@ -7,24 +7,16 @@ straight-through gradient, and `jopt.materialize` goes back to floats.
 - Formats: `symmetric`, `affine`, `affine_zero`; `logarithmic`, `additive_powers_of_two`; `kmeans`,
   `codebook`, `nf4`; `binary`, `ternary`; `e4m3`, `mxfp4`, `nvfp4` and the other narrow floats.
 - Ranges: `absmax`, `minmax`, `percentile`, `mse`, `entropy`.
-- Calibration: `calibrate` gathers statistics of the inputs of every layer of any `apply`;
-  `activation_ranges` and `quantize_inputs` round them, `adequacy` says whether the data suffice.
+- Calibration: `jopt.layers.calibrate` gathers statistics of the inputs of every layer of any
+  `apply`; `activation_ranges` and `quantize_inputs` round them, `adequacy` says whether the data
+  suffice.
 - After training: `gptq`, `awq`, `smooth_quant`, `hqq`, `adaround`, `hadamard_rotation`,
   `quantize_weighted`, all through `quantize_calibrated_params`; `quantize_in_order`,
   `correct_biases`, `equalize_params`.
 - Through training: straight-through, `lsq`, `lsq_plus`, `pact`, `dorefa_weights`, `ttq`,
-  `fake_binarize`, codebooks; `fold_batch_norms`, `reestimate_batch_norm`.
+  `fake_binarize`, codebooks; `fold_batch_norms`, `jopt.layers.reestimate_batch_norm`.
 """
 
-from jopt._layers import (
-    Layer,
-    LayerReport,
-    find_layers,
-    from_matrix,
-    layer_inputs,
-    map_inputs,
-    to_matrix,
-)
 from jopt.quant._activations import (
     activation_ranges,
     fake_quantize_within,
@@ -56,7 +48,6 @@ from jopt.quant._bits import (
     ternary_matmul,
     unpack_signs,
 )
-from jopt.quant._calibrate import accumulate, calibrate, finalise_states, merge_states
 from jopt.quant._calibrated import format_report, quantize_calibrated_params
 from jopt.quant._centroids import codebooks, with_codebooks
 from jopt.quant._code_ranges import CodeRange, balanced_codes, signed_codes, unsigned_codes
@@ -118,7 +109,6 @@ from jopt.quant._lsq_init import lsq_init, lsq_init_mse
 from jopt.quant._lsq_plus import lsq_plus, lsq_plus_quantize
 from jopt.quant._lsq_plus_init import lsq_plus_init, lsq_plus_init_weights
 from jopt.quant._nearest import nearest_codes
-from jopt.quant._outcome import Outcome, output_error
 from jopt.quant._pact import pact, pact_init
 from jopt.quant._params import fake_quantize_params, quantize_params
 from jopt.quant._percentile import percentile
@@ -132,19 +122,8 @@ from jopt.quant._quantize import (
 )
 from jopt.quant._range_search import mse, mse_search
 from jopt.quant._ranges import Range, absmax, minmax
-from jopt.quant._reestimate import average_statistics, population_statistics, reestimate_batch_norm
 from jopt.quant._smooth import smooth_quant, smoothed_inputs
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import (
-    Extremes,
-    InputStatistics,
-    Statistic,
-    extremes,
-    input_statistics,
-    moving_average,
-    per_feature,
-    together,
-)
 from jopt.quant._ternary import ternarize, ternary, ternary_optimal
 from jopt.quant._ttq import (
     TernaryScales,
@@ -162,21 +141,14 @@ __all__ = [
     "Adequacy",
     "CodeRange",
     "Drift",
-    "Extremes",
     "Grid",
     "Histogram",
-    "InputStatistics",
-    "Layer",
-    "LayerReport",
-    "Outcome",
     "QuantSpec",
     "Range",
-    "Statistic",
     "TernaryBits",
     "TernaryScales",
     "Usage",
     "absmax",
-    "accumulate",
     "activation_adequacy",
     "activation_ranges",
     "adaround",
@@ -188,7 +160,6 @@ __all__ = [
     "affine_zero",
     "arithmetic_mean",
     "as_stored",
-    "average_statistics",
     "awq",
     "balanced_codes",
     "binarize",
@@ -196,7 +167,6 @@ __all__ = [
     "binary",
     "binary_matmul",
     "by_importance",
-    "calibrate",
     "clipped_slope",
     "codebook",
     "codebooks",
@@ -219,29 +189,23 @@ __all__ = [
     "entropy_search_range",
     "equalize",
     "equalize_params",
-    "extremes",
     "fake_binarize",
     "fake_binarize_params",
     "fake_quantize",
     "fake_quantize_params",
     "fake_quantize_within",
-    "finalise_states",
-    "find_layers",
     "fit_levels",
     "fold_batch_norm",
     "fold_batch_norms",
     "format_adequacy",
     "format_report",
-    "from_matrix",
     "gptq",
     "hadamard_rotation",
     "histogram",
     "histogram_range",
     "hqq",
     "init_steps",
-    "input_statistics",
     "kmeans",
-    "layer_inputs",
     "linear_codebook",
     "lloyd",
     "log_domain",
@@ -256,11 +220,8 @@ __all__ = [
     "lsq_plus_quantize",
     "lsq_quantize",
     "lsq_quantize_params",
-    "map_inputs",
-    "merge_states",
     "minmax",
     "minmax_range",
-    "moving_average",
     "mse",
     "mse_range",
     "mse_search",
@@ -277,17 +238,14 @@ __all__ = [
     "nvfp4",
     "optimal_codebook",
     "optimal_codebook_with_zero",
-    "output_error",
     "pack_signs",
     "pack_ternary",
     "pact",
     "pact_init",
-    "per_feature",
     "per_tensor",
     "per_token",
     "percentile",
     "percentile_range",
-    "population_statistics",
     "quantize",
     "quantize_calibrated_params",
     "quantize_in_order",
@@ -297,7 +255,6 @@ __all__ = [
     "quantize_stochastically",
     "quantize_weighted",
     "random_codebook",
-    "reestimate_batch_norm",
     "remove_batch_norms",
     "sign_activations",
     "signed_codes",
@@ -309,8 +266,6 @@ __all__ = [
     "ternary_matmul",
     "ternary_optimal",
     "tied_gradient",
-    "to_matrix",
-    "together",
     "ttq",
     "ttq_init",
     "ttq_init_params",

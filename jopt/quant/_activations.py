@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jopt._arrays import materialize, working_dtype
-from jopt._layers import Layer, map_inputs
-from jopt.quant._calibrate import Apply, accumulate, finalise_states, scans_only
+from jopt.layers import Layer, map_inputs
+from jopt.layers._calibrate import Apply, accumulate, finalise_states, scans_only
+from jopt.layers._statistics import Statistic
 from jopt.quant._histogram import histogram
 from jopt.quant._histogram_ranges import Ends, Method, histogram_range, mse_range
 from jopt.quant._quantize import straight_through
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import Statistic
 
 Axes = Callable[[Layer, int], tuple[int, ...]]
 

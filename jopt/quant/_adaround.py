@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from jopt._arrays import materialize, working_dtype
+from jopt.layers._outcome import Outcome, keep_better, to_rows
+from jopt.layers._statistics import InputStatistics
 from jopt.quant._blocks import merge_blocks, split_blocks, split_levels
 from jopt.quant._grids import Leaf
-from jopt.quant._outcome import Outcome, keep_better, to_rows
 from jopt.quant._quantize import (
     check_values,
     fit_levels,
@@ -18,7 +19,6 @@ from jopt.quant._quantize import (
     quantize,
 )
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1  # gamma and zeta of equation 23
 
@@ -118,8 +118,9 @@ def adaround(
       >>> import jax
       >>> from jopt import quant
       >>> rows = jax.random.normal(jax.random.key(0), (200, 4)) @ jax.numpy.ones((4, 16))
-      >>> statistics = quant.input_statistics.finalise(
-      ...     quant.input_statistics.update(quant.input_statistics.init(16), rows)
+      >>> from jopt import layers
+      >>> statistics = layers.input_statistics.finalise(
+      ...     layers.input_statistics.update(layers.input_statistics.init(16), rows)
       ... )
       >>> weights = jax.random.normal(jax.random.key(1), (16, 8))
       >>> _, outcome = quant.adaround(weights, statistics, quant.QuantSpec(3), steps=200)

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jopt.quant._calibrate import Apply, accumulate, finalise_states, scans_only
+from jopt.layers._calibrate import Apply, accumulate, finalise_states, scans_only
+from jopt.layers._statistics import Statistic, rows_extremes
 from jopt.quant._histogram import Histogram, bin_centres, bin_width, histogram
 from jopt.quant._histogram_ranges import Ends, restored_points
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import Statistic, rows_extremes
 
 
 class Widths(NamedTuple):

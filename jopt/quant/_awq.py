@@ -8,11 +8,11 @@ from jax.typing import ArrayLike
 
 from jopt._arrays import working_dtype
 from jopt._leaves import ScaledTensor
-from jopt.quant._outcome import Outcome, keep_better, output_error, row_axes, to_rows
+from jopt.layers._outcome import Outcome, keep_better, output_error, row_axes, to_rows
+from jopt.layers._statistics import InputStatistics
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._scaling import as_factor, by_channel, quantize_scaled
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics
 
 _FLOOR = 1e-4  # of the largest mean magnitude: an input that is always zero has no scale of its own
 
@@ -81,8 +81,9 @@ def awq(
       >>> from jopt import quant
       >>> from jopt.quant import awq
       >>> rows = jnp.array([[9.0, 0.1], [-9.0, 0.1]])
-      >>> statistics = quant.input_statistics.finalise(
-      ...     quant.input_statistics.update(quant.input_statistics.init(2), rows)
+      >>> from jopt import layers
+      >>> statistics = layers.input_statistics.finalise(
+      ...     layers.input_statistics.update(layers.input_statistics.init(2), rows)
       ... )
       >>> leaf, outcome = awq(jnp.array([[0.3], [1.0]]), statistics, quant.QuantSpec(2, ()))
       >>> float(outcome.baseline), float(outcome.error) < 0.1

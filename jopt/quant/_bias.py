@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jopt._arrays import materialize
 from jopt._leaves import is_compressed
 from jopt._trees import flatten_with_paths
-from jopt.quant._outcome import to_rows
-from jopt.quant._statistics import InputStatistics
+from jopt.layers._outcome import to_rows
+from jopt.layers._statistics import InputStatistics
 
 
 def correct_bias(
@@ -34,7 +34,8 @@ def correct_bias(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> statistics = quant.InputStatistics(
+      >>> from jopt import layers
+      >>> statistics = layers.InputStatistics(
       ...     jnp.ones(()), jnp.array([2.0, 0.0]), jnp.ones(2), jnp.ones(2), jnp.eye(2)
       ... )
       >>> weights = jnp.array([[0.3], [5.0]])
@@ -89,7 +90,8 @@ def correct_biases(
       >>> params = {"dense": {"kernel": jnp.array([[0.3, 1.0]]), "bias": jnp.zeros(2)}}
       >>> small = quant.quantize_params(params, quant.QuantSpec(2, block=()))
       >>> one = jnp.ones(1)
-      >>> statistics = {"dense/kernel": quant.InputStatistics(one[0], one, one, one, jnp.eye(1))}
+      >>> from jopt import layers
+      >>> statistics = {"dense/kernel": layers.InputStatistics(one[0], one, one, one, jnp.eye(1))}
       >>> corrected, report = quant.correct_biases(params, small, statistics)
       >>> corrected["dense"]["bias"].round(3), report
       (Array([0.3, 0. ], dtype=float32), {'dense/kernel': 'dense/bias'})

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 
 from jopt._trees import Filter, is_kernel, map_selected
+from jopt.layers._outcome import Outcome, to_rows
+from jopt.layers._statistics import InputStatistics
 from jopt.quant._by_path import naming_leaf, refuse_non_finite
 from jopt.quant._grids import Leaf
-from jopt.quant._outcome import Outcome, to_rows
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics
 
 Method = Callable[[jax.Array, InputStatistics, QuantSpec], tuple[Leaf, Outcome]]
 Report = dict[str, Outcome | str]
@@ -125,8 +125,9 @@ def quantize_calibrated_params(
       >>> from jopt.quant import gptq
       >>> params = {"dense": {"kernel": jnp.array([[0.4], [0.3]])}, "table": jnp.ones((3, 2))}
       >>> rows = jnp.array([[1.0, 0.9], [0.5, 0.6]])
-      >>> statistics = quant.input_statistics.finalise(
-      ...     quant.input_statistics.update(quant.input_statistics.init(2), rows)
+      >>> from jopt import layers
+      >>> statistics = layers.input_statistics.finalise(
+      ...     layers.input_statistics.update(layers.input_statistics.init(2), rows)
       ... )
       >>> small, report = quantize_calibrated_params(
       ...     params, {"dense/kernel": statistics}, quant.QuantSpec(2), gptq

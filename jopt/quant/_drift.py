@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jopt._arrays import materialize, working_dtype
-from jopt.quant._outcome import from_rows, output_error, to_rows
-from jopt.quant._statistics import InputStatistics
+from jopt.layers._outcome import from_rows, output_error, to_rows
+from jopt.layers._statistics import InputStatistics
 
 
 class Drift(NamedTuple):

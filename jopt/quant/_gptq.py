@@ -11,12 +11,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jopt._arrays import expand_blocks, materialize, working_dtype
-from jopt.quant._gptq_core import RoundRow, feedback_factor, round_with_feedback
+from jopt.layers._feedback import RoundRow, feedback_factor, round_with_feedback
+from jopt.layers._outcome import Outcome, from_rows, keep_better, row_axes, to_rows
+from jopt.layers._statistics import InputStatistics
 from jopt.quant._grids import Leaf, Levels
-from jopt.quant._outcome import Outcome, from_rows, keep_better, row_axes, to_rows
 from jopt.quant._quantize import check_values, encode, quantize
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics
 
 Order = Callable[[jax.Array], jax.Array]
 
@@ -203,7 +203,7 @@ def gptq(
       >>> import jax.numpy as jnp
       >>> from jopt import quant
       >>> from jopt.quant import gptq
-      >>> from jopt.quant import InputStatistics
+      >>> from jopt.layers import InputStatistics
       >>> weights = jnp.array([[0.4, 1.0], [0.4, 0.0]])  # twins: their sum is what counts
       >>> twins = InputStatistics(None, None, None, None, jnp.array([[1.0, 0.9], [0.9, 1.0]]))
       >>> leaf, outcome = gptq(weights, twins, quant.QuantSpec(2, ()))

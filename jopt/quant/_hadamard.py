@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from jopt._arrays import hadamard, materialize
 from jopt._leaves import RotatedTensor
+from jopt.layers._outcome import Outcome, output_error
+from jopt.layers._statistics import InputStatistics
 from jopt.quant._grids import Leaf
-from jopt.quant._outcome import Outcome, output_error
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics
 
 Method = Callable[[jax.Array, InputStatistics, QuantSpec], tuple[Leaf, Outcome]]
 

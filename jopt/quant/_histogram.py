@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jopt.quant._statistics import (
+from jopt.layers._statistics import (
     Extremes,
     Statistic,
     joined_extremes,

@@ -51,7 +51,7 @@ def minmax_range(figures: Any, spec: QuantSpec) -> Ends:
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant import Extremes
+      >>> from jopt.layers import Extremes
       >>> ends = minmax_range(Extremes(jnp.array([0.0]), jnp.array([2.0])), quant.QuantSpec())
       >>> ends[1]
       Array([2.], dtype=float32)

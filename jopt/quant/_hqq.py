@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jopt._arrays import materialize, working_dtype
+from jopt.layers._outcome import Outcome, keep_better
+from jopt.layers._statistics import InputStatistics
 from jopt.quant._blocks import merge_blocks, split_blocks
 from jopt.quant._grids import Leaf, affine_zero
-from jopt.quant._outcome import Outcome, keep_better
 from jopt.quant._quantize import (
     check_values,
     encode,
@@ -18,7 +19,6 @@ from jopt.quant._quantize import (
     quantize,
 )
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics
 
 
 def _shrink(error: jax.Array, strength: jax.Array, power: float) -> jax.Array:

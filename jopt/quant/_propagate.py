@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from jopt._arrays import materialize
-from jopt._layers import Layer, find_layers, layer_inputs
 from jopt._trees import Filter, flatten_with_paths, is_kernel
+from jopt.layers import Layer, find_layers, layer_inputs
+from jopt.layers._calibrate import map_over, shared_axes, subsample
+from jopt.layers._outcome import Outcome, keep_lower
+from jopt.layers._statistics import InputStatistics, InputSums, input_statistics
 from jopt.quant._by_path import naming_leaf, refuse_non_finite, selected
-from jopt.quant._calibrate import map_over, shared_axes, subsample
 from jopt.quant._calibrated import Method, Report, mapped
 from jopt.quant._drift import Drift, corrected_weights, drifted_error
 from jopt.quant._grids import Leaf
-from jopt.quant._outcome import Outcome, keep_lower
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics, InputSums, input_statistics
 
 Apply = Callable[..., Any]
 

@@ -8,7 +8,7 @@ import jax
 
 from jopt._arrays import working_dtype
 from jopt._leaves import ScaledTensor
-from jopt.quant._outcome import row_axes
+from jopt.layers._outcome import row_axes
 from jopt.quant._quantize import quantize
 from jopt.quant._spec import QuantSpec
 

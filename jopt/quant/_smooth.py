@@ -8,11 +8,11 @@ from jax.typing import ArrayLike
 
 from jopt._arrays import materialize, working_dtype
 from jopt._leaves import ScaledTensor
-from jopt.quant._outcome import Outcome, keep_lower, output_error, row_axes, to_rows
+from jopt.layers._outcome import Outcome, keep_lower, output_error, row_axes, to_rows
+from jopt.layers._statistics import InputStatistics
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._scaling import as_factor, by_channel, quantize_scaled
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics
 
 _PER_TENSOR = QuantSpec(8, ())
 _POINTS = 4096  # enough to see each of 256 levels sixteen times
@@ -124,8 +124,9 @@ def smooth_quant(
       >>> from jopt import quant
       >>> from jopt.quant import smooth_quant, smoothed_inputs
       >>> rows = jnp.array([[100.0, 1.0], [-100.0, -1.0]])
-      >>> statistics = quant.input_statistics.finalise(
-      ...     quant.input_statistics.update(quant.input_statistics.init(2), rows)
+      >>> from jopt import layers
+      >>> statistics = layers.input_statistics.finalise(
+      ...     layers.input_statistics.update(layers.input_statistics.init(2), rows)
       ... )
       >>> weights = jnp.array([[0.01], [1.0]])
       >>> leaf, outcome = smooth_quant(weights, statistics, quant.QuantSpec(8))

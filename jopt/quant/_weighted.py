@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jopt._arrays import working_dtype
-from jopt.quant._outcome import Outcome, from_rows, keep_better, to_rows
+from jopt.layers._outcome import Outcome, from_rows, keep_better, to_rows
+from jopt.layers._statistics import InputStatistics
 from jopt.quant._quantize import check_values, encode, fit_levels, narrowed, quantize
 from jopt.quant._range_search import block_loss, search_range, shrink_factors
 from jopt.quant._ranges import Restore, minmax
 from jopt.quant._spec import QuantSpec
-from jopt.quant._statistics import InputStatistics
 
 
 def row_importance(weights: jax.Array, statistics: InputStatistics) -> jax.Array:
@@ -86,7 +86,7 @@ def quantize_weighted(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import materialize, quant
-      >>> from jopt.quant import _statistics
+      >>> from jopt.layers import _statistics
       >>> weights = jnp.array([[1.0], [0.55], [0.55]])  # 2 bits: levels -T, 0, T
       >>> gram = jnp.diag(jnp.array([0.01, 1.0, 1.0]))  # the first input is nearly zero
       >>> statistics = _statistics.InputStatistics(None, None, None, None, gram)

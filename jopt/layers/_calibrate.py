@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt._layers import Layer, find_layers, layer_inputs
-from jopt.quant._statistics import Statistic, input_statistics
+from jopt.layers._statistics import Statistic, input_statistics
+from jopt.layers._transforms import find_layers, layer_inputs
+from jopt.layers._uses import Layer
 
 Apply = Callable[..., Any]
 Arrange = Callable[[Layer, jax.Array], jax.Array]
@@ -36,7 +37,7 @@ def shared_axes(layer: Layer) -> tuple[int, ...] | None:
     stacked layers, inputs and outputs in this order, as where an embedding is used transposed.
 
     Example:
-      >>> from jopt.quant import find_layers
+      >>> from jopt.layers import find_layers
       >>> def size(equation, *shape):
       ...     apply = lambda params, x: jnp.einsum(equation, x, params["w"])
       ...     found = find_layers(apply, {"w": jnp.ones(shape)}, jnp.ones((2, 8)))
@@ -160,7 +161,7 @@ def accumulate(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant import extremes
+      >>> from jopt.layers import extremes
       >>> apply, params = lambda params, x: x @ params["w"], {"w": jnp.ones((1, 2))}
       >>> first = accumulate(apply, params, [jnp.array([[1.0]])], extremes)
       >>> second = accumulate(apply, params, [jnp.array([[-4.0]])], extremes)

@@ -34,7 +34,7 @@ def population_statistics(average: Any, spread: Any) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant import population_statistics
+      >>> from jopt.layers import population_statistics
       >>> average = {"mean": jnp.array(1.0), "var": jnp.array(2.0)}
       >>> spread = {"mean": jnp.array(0.5), "var": jnp.array(9.0)}
       >>> population_statistics(average, spread)
@@ -157,7 +157,7 @@ def reestimate_batch_norm(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant import reestimate_batch_norm
+      >>> from jopt.layers import reestimate_batch_norm
       >>> def update(params, statistics, batch):
       ...     hidden = batch * params
       ...     new = {"mean": hidden.mean(0), "var": hidden.var(0)}

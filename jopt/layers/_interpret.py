@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jopt._layers._uses import Use, conv_use, dot_use
-from jopt._layers._views import VIEW_RULES, View, looped, sliced
+from jopt.layers._uses import Use, conv_use, dot_use
+from jopt.layers._views import VIEW_RULES, View, looped, sliced
 
 Views = list[View | None]
 _PRODUCTS = {"dot_general": dot_use, "conv_general_dilated": conv_use}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jopt._layers._uses import GROUP_AXIS, Layer, Use, Window
-from jopt._layers._views import Atom
+from jopt.layers._uses import GROUP_AXIS, Layer, Use, Window
+from jopt.layers._views import Atom
 
 
 def _order(atoms: Sequence[Atom], axes: dict[int, int]) -> np.ndarray | None:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jopt._arrays import is_compressed
-from jopt._layers._interpret import Analysis, Record, Visit, analyse, evaluate
-from jopt._layers._rows import rows_of, with_scans_in_order
-from jopt._layers._uses import Layer, Use
-from jopt._layers._views import View, whole
 from jopt._trees import flatten_with_paths, is_kernel
+from jopt.layers._interpret import Analysis, Record, Visit, analyse, evaluate
+from jopt.layers._rows import rows_of, with_scans_in_order
+from jopt.layers._uses import Layer, Use
+from jopt.layers._views import View, whole
 
 Apply = Callable[..., Any]
 Change = Callable[[Layer, jax.Array, Any], jax.Array]

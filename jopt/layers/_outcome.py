@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jopt._arrays import materialize, working_dtype
 from jopt._leaves import RotatedTensor, ScaledTensor
-from jopt.quant._statistics import InputStatistics
+from jopt.layers._statistics import InputStatistics
 
 _UNDIVIDED = 512  # features below which halving the product of a symmetric matrix saves nothing
 
@@ -128,7 +128,7 @@ def output_error(weights: jax.Array, leaf: Any, statistics: InputStatistics) -> 
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jopt.quant import _statistics
+      >>> from jopt.layers import _statistics
       >>> statistics = _statistics.InputStatistics(
       ...     None, None, None, None, jnp.diag(jnp.array([1.0, 4.0]))
       ... )
@@ -201,7 +201,7 @@ def keep_better(
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import quant
-      >>> from jopt.quant import _statistics
+      >>> from jopt.layers import _statistics
       >>> weights, spec = jnp.array([[1.0], [0.4]]), quant.QuantSpec(2)
       >>> statistics = _statistics.InputStatistics(None, None, None, None, jnp.eye(2))
       >>> nearest = quant.quantize(weights, spec)

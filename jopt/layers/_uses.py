@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from jopt._layers._views import Atom, Dim, View, dim_size, take
+from jopt.layers._views import Atom, Dim, View, dim_size, take
 
 GROUP_AXIS = -1
 
