@@ -27,6 +27,7 @@ SHAPE = (28, 28, 1)
 normed = _models.BatchNormCNN()
 folded = _models.BatchNormCNN(normalize=None)
 traced = _models.BatchNormCNN(normalize=None, convolve=_convolution.conv_windows_direct)
+traced_normed = _models.BatchNormCNN(convolve=_convolution.conv_windows_direct)
 
 
 def initial(key: Array) -> tuple[Tree, Tree]:
@@ -36,7 +37,10 @@ def initial(key: Array) -> tuple[Tree, Tree]:
 
 
 def training_logits(
-    params: Tree, images: Array, change_inputs: _models.ChangeInputs = _models.unchanged_inputs
+    params: Tree,
+    images: Array,
+    change_inputs: _models.ChangeInputs = _models.unchanged_inputs,
+    network: _models.BatchNormCNN = normed,
 ) -> Array:
     """Return logits with the statistics of the batch itself."""
     averages = {
@@ -44,7 +48,7 @@ def training_logits(
         for norm, size in ((n, params[n]["scale"].shape[0]) for n in NORMS.values())
     }
     variables = {"params": params, "batch_stats": averages}
-    return normed.apply(variables, images, True, change_inputs)  # pyright: ignore[reportReturnType]
+    return network.apply(variables, images, True, change_inputs)  # pyright: ignore[reportReturnType]
 
 
 def quantize_inputs(inputs: Tree) -> _models.ChangeInputs:

@@ -151,8 +151,26 @@ TRANSFORMS = {
     "global_magnitude": _masked(
         partial(prune.global_topk_masks, sparsity=0.9), prune.magnitude_scores
     ),
+    "lamp": _masked(partial(prune.global_topk_masks, sparsity=0.9), prune.lamp_scores),
+    "fpgm": _masked(partial(prune.topk_masks, sparsity=0.5), prune.fpgm_scores),
+    "filter_norms": _masked(partial(prune.topk_masks, sparsity=0.5), prune.filter_norm_scores),
+    "output_magnitude": _masked(
+        partial(prune.output_topk_masks, sparsity=0.6), prune.magnitude_scores
+    ),
     "layer_random": _masked(partial(prune.topk_masks, sparsity=0.5), _random),
     "global_random": _masked(partial(prune.global_topk_masks, sparsity=0.5), _random),
+    "two_of_four": _masked(lambda scores: prune.n_m_masks(scores, 2, 4)[0], prune.magnitude_scores),
+    "output_channels": _masked(
+        lambda scores: prune.block_topk_masks(scores, 0.5, (1,)), prune.magnitude_scores
+    ),
+    "global_blocks": _masked(
+        lambda scores: prune.block_topk_masks(scores, 0.5, (-1, 1), select=prune.global_topk_masks),
+        prune.magnitude_scores,
+    ),
+    "erdos_renyi": _masked(
+        lambda scores: prune.topk_masks(scores, prune.erdos_renyi_kernel_sparsities(scores, 0.5)),
+        prune.magnitude_scores,
+    ),
     "prune_then_quantize": lambda params: quant.quantize_params(
         _masked(partial(prune.topk_masks, sparsity=0.9), prune.magnitude_scores)(params),
         QuantSpec(4),

@@ -19,8 +19,8 @@ from jopt.layers._views import VIEW_RULES, View, looped, sliced
 
 Views = list[View | None]
 _PRODUCTS = {"dot_general": dot_use, "conv_general_dilated": conv_use}
-_REMAT = {"remat", "remat2", "checkpoint"}
-_CALLS = _REMAT | {
+REMAT = {"remat", "remat2", "checkpoint"}
+CALLS = REMAT | {
     "jit",
     "pjit",
     "core_call",
@@ -119,7 +119,7 @@ def _analyse_equation(equation: core.JaxprEqn, views: Views) -> Analysis:
         return Analysis([use], [], nothing)
     if name == "scan":
         return _scan_views(equation, views)[1]
-    if name in _CALLS:
+    if name in CALLS:
         return analyse(_inner(equation)[0], views)
     return Analysis([], _ended(views, name), nothing)
 
@@ -154,8 +154,20 @@ def _present(variables: Sequence[Any], views: Views) -> dict[Any, View]:
     return {variable: view for variable, view in pairs if view is not None}
 
 
-def _bind(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    bound = equation.primitive.get_bind_params(equation.params)
+def bind(
+    equation: core.JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None
+) -> list[Any]:
+    """Run one equation.
+
+    Args:
+      equation: which operation.
+      values: its inputs.
+      params: its parameters, if they are not those of the equation.
+
+    Returns:
+      Its outputs.
+    """
+    bound = equation.primitive.get_bind_params(equation.params if params is None else params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
     with equation.ctx.manager:
         out = equation.primitive.bind(*functions, *values, **params)
@@ -227,7 +239,7 @@ def _call(
     def run(values: list[Any], extras: dict[str, Any]) -> tuple[list[Any], list[Record]]:
         return evaluate(jaxpr, consts, values, views, visit, extras)
 
-    if equation.primitive.name in _REMAT:
+    if equation.primitive.name in REMAT:
         params = equation.params
         run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
     return run(values, extras)
@@ -239,11 +251,11 @@ def _run_equation(
     found = _analyse_equation(equation, views)
     name = equation.primitive.name
     if not found.uses:
-        return _bind(equation, values), [], found.views
+        return bind(equation, values), [], found.views
     if name in _PRODUCTS:
         side = found.uses[0].side
         values[side], records = visit(found.uses[0], values[side], extras)
-        return _bind(equation, values), records, found.views
+        return bind(equation, values), records, found.views
     runner = _scan if name == "scan" else _call
     outs, records = runner(equation, values, views, visit, extras)
     return outs, records, found.views

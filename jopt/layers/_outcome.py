@@ -4,7 +4,9 @@
 method can be judged without running the model again.
 """
 
+import functools
 import math
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +20,16 @@ _UNDIVIDED = 512  # features below which halving the product of a symmetric matr
 
 
 class Outcome(NamedTuple):
-    """Say what a method after training has gained over round-to-nearest.
+    """Say what a method after training has gained over the plain way.
+
+    The plain way is round-to-nearest with the same spec, or for methods that prune, magnitude
+    pruning to the same sparsity or pattern.
 
     Attributes:
       error: mean squared output error of the leaf that was returned, summed over outputs; a scalar.
-      baseline: the same of round-to-nearest with the same spec.
-      improved: whether the method's error was the lower one. Where it is False round-to-nearest is
-        what was returned, and `error` equals `baseline`.
+      baseline: the same of the plain way.
+      improved: whether the method's error was the lower one. Where it is False the plain way's
+        result is what was returned, and `error` equals `baseline`.
     """
 
     error: jax.Array
@@ -95,6 +100,62 @@ def from_rows(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
       (3, 3, 1, 8)
     """
     return (rows.swapaxes(0, 1) if rows.ndim == 3 else rows).reshape(shape)
+
+
+def stacked_axes(shape: tuple[int, ...], gram_shape: tuple[int, ...]) -> int:
+    """Return how many leading axes of a kernel count layers with statistics of their own.
+
+    Leading axes of the statistics that are not layers are groups. Where both readings fit, layers
+    come first.
+
+    Raises:
+      ValueError: the statistics fit the kernel in no way.
+
+    Example:
+      >>> stacked_axes((12, 64, 32), (12, 64, 64)), stacked_axes((3, 3, 1, 8), (8, 9, 9))
+      (1, 0)
+    """
+    leading, gram = gram_shape[:-2], gram_shape[-2:]
+    reason = f"statistics of shape {gram_shape} do not fit a kernel of shape {shape}."
+    for depth in range(len(leading), max(len(leading) - 2, -1), -1):
+        if leading[:depth] != shape[:depth]:
+            continue
+        try:
+            jax.eval_shape(
+                to_rows,
+                jax.ShapeDtypeStruct(shape[depth:], "float32"),
+                jax.ShapeDtypeStruct((*leading[depth:], *gram), "float32"),
+            )
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return depth
+    raise ValueError(reason)
+
+
+@functools.lru_cache(maxsize=256)
+def mapped(method: Callable[..., Any], options: Hashable, depth: int) -> Callable[..., Any]:
+    """Return `method(weights, statistics, options)` compiled once, mapped over stacked layers.
+
+    Args:
+      method: what is done to one layer.
+      options: its last argument, static.
+      depth: how many leading axes of both other arguments count layers.
+
+    Returns:
+      A function of weights and statistics, the same one for the same arguments.
+
+    Example:
+      >>> mapped(len, 3, 0) is mapped(len, 3, 0)
+      True
+    """
+
+    def function(weights: jax.Array, statistics: Any) -> Any:
+        return method(weights, statistics, options)
+
+    for _ in range(depth):
+        function = jax.vmap(function)
+    return jax.jit(function)
 
 
 def _quadratic_form(delta: jax.Array, gram: jax.Array) -> jax.Array:

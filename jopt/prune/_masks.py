@@ -1,6 +1,7 @@
 """Masks: which weights stay. True keeps; each mask broadcasts against its parameter."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,7 +35,13 @@ def _pruned_count(size: int, sparsity: Sparsity) -> Any:
     return (size_high * high + ((middle + 2048) >> 12)).astype(jnp.int32)
 
 
-def _scored(scores: Any, where: Filter) -> tuple[list[Any], list[bool], Any]:
+def scored(scores: Any, where: Filter) -> tuple[list[Any], list[bool], Any]:
+    """Return the leaves of a tree of scores, which of them are chosen, and the tree's structure.
+
+    Raises:
+      ValueError: the filter matches nothing.
+      TypeError: a chosen score is not a floating-point array.
+    """
     paths, leaves, treedef = flatten_with_paths(scores)
     chosen = jax.tree.leaves(select(scores, where))
     for path, leaf, take in zip(paths, leaves, chosen, strict=True):
@@ -50,23 +57,67 @@ def _masks_from(kept: list[jax.Array], chosen: list[bool], treedef: Any) -> Any:
     )
 
 
-def topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel) -> Any:
-    """Keep the highest scores of every chosen leaf: the same sparsity in each layer.
+def _sparsity_of_each(sparsity: Any, paths: list[str], chosen: list[bool]) -> list[Sparsity]:
+    """Look up the sparsity of every chosen leaf in a tree or a dict of paths, or repeat one."""
+    taken = [path for path, take in zip(paths, chosen, strict=True) if take]
+    if isinstance(sparsity, (int, float)) or hasattr(sparsity, "dtype"):
+        return [sparsity] * len(taken)
+    # A key "conv/kernel" of a dict and the nested keys of a tree are the same path.
+    found, values, _ = flatten_with_paths(sparsity)
+    for path in found:
+        if path not in paths:
+            raise ValueError(f"sparsity has {path!r}, which is no leaf; the paths are {paths}.")
+    by_path = dict(zip(found, values, strict=True))
+    missing = [path for path in taken if path not in by_path]
+    if missing:
+        raise ValueError(f"sparsity has no entry for {missing}; add them or choose by where.")
+    return [by_path[path] for path in taken]
+
+
+def _check_min_kept(min_kept: int) -> None:
+    if isinstance(min_kept, bool) or not isinstance(min_kept, int) or min_kept < 0:
+        raise ValueError(f"min_kept must be a whole number, at least 0, not {min_kept!r}.")
+
+
+def _kept_count(path: str, size: int, sparsity: Sparsity, min_kept: int) -> jax.Array:
+    """Return how many entries of a leaf stay; too few are an error if that is known now."""
+    count = size - _pruned_count(size, sparsity)
+    if isinstance(count, int):
+        if count < min_kept:
+            raise ValueError(
+                f"{path}: sparsity {sparsity} keeps {count} of {size}, fewer than {min_kept}."
+            )
+        return jnp.asarray(count)
+    return jnp.maximum(count, min(min_kept, size))
+
+
+def topk_masks(
+    scores: Any,
+    sparsity: Sparsity | Mapping[str, Any] | Any,
+    where: Filter = is_kernel,
+    min_kept: int = 0,
+) -> Any:
+    """Keep the highest scores of every chosen leaf: the same sparsity in each layer, or its own.
 
     Exactly `round(size * sparsity)` elements of a leaf are pruned. Of equal scores the one with
     the lower index (in C order) is kept.
 
     Args:
       scores: a tree of scores, higher keeps.
-      sparsity: fraction to prune, 0 to 1; a Python number or a traced scalar (then clipped).
+      sparsity: fraction to prune, 0 to 1; a Python number or a traced scalar (then clipped). Or one
+        for each leaf: a dict from paths, as the budgets make it, or a tree; entries of leaves that
+        are not chosen are ignored.
       where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
         two or more axes.
+      min_kept: how many elements every leaf must keep: fewer are an error, or, where the sparsity
+        is traced, not pruned. 1 makes sure that no layer is lost.
 
     Returns:
       A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
 
     Raises:
-      ValueError: `sparsity` is outside [0, 1], or the filter matches nothing.
+      ValueError: `sparsity` is outside [0, 1], has no entry for a chosen leaf or one that is no
+        leaf, or leaves fewer than `min_kept`; or the filter matches nothing.
       TypeError: a chosen score is not a floating-point array.
 
     Example:
@@ -75,33 +126,44 @@ def topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel) -> An
       >>> topk_masks(scores, 0.5)["kernel"]
       Array([[ True, False],
              [ True, False]], dtype=bool)
+      >>> topk_masks(scores, {"kernel": 0.75})["kernel"].sum()
+      Array(1, dtype=int32)
     """
-    leaves, chosen, treedef = _scored(scores, where)
-    taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
-    counts = [leaf.size - _pruned_count(leaf.size, sparsity) for leaf in taken]
+    _check_min_kept(min_kept)
+    leaves, chosen, treedef = scored(scores, where)
+    paths = flatten_with_paths(scores)[0]
+    each = iter(_sparsity_of_each(sparsity, paths, chosen))
     kept = [
-        keep_largest(leaf, jnp.asarray(count)) for leaf, count in zip(taken, counts, strict=True)
+        keep_largest(leaf, _kept_count(path, leaf.size, next(each), min_kept))
+        for path, leaf, take in zip(paths, leaves, chosen, strict=True)
+        if take
     ]
     return _masks_from(kept, chosen, treedef)
 
 
-def global_topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel) -> Any:
+def global_topk_masks(
+    scores: Any, sparsity: Sparsity, where: Filter = is_kernel, min_kept: int = 0
+) -> Any:
     """Keep the highest scores over all chosen leaves together: layers compete.
 
     Exactly `round(total * sparsity)` elements are pruned. Of equal scores the one in the earlier
-    leaf, then with the lower index, is kept. A layer may lose more than others, even everything.
+    leaf, then with the lower index, is kept. A layer may lose more than others, even everything
+    unless `min_kept` forbids it.
 
     Args:
       scores: a tree of scores, higher keeps, comparable between leaves.
       sparsity: fraction to prune, 0 to 1; a Python number or a traced scalar (then clipped).
       where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
         two or more axes.
+      min_kept: how many elements every leaf keeps, its highest, before leaves compete for the
+        rest. 1 makes sure that no layer is lost.
 
     Returns:
       A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
 
     Raises:
-      ValueError: `sparsity` is outside [0, 1], or the filter matches nothing.
+      ValueError: `sparsity` is outside [0, 1] or leaves fewer elements than `min_kept` for each
+        leaf, or the filter matches nothing. With a traced sparsity those are kept all the same.
       TypeError: a chosen score is not a floating-point array.
 
     Example:
@@ -109,12 +171,29 @@ def global_topk_masks(scores: Any, sparsity: Sparsity, where: Filter = is_kernel
       >>> scores = {"a": jnp.array([[4.0, 3.0]]), "b": jnp.array([[1.0, 2.0]])}
       >>> global_topk_masks(scores, 0.5)
       {'a': Array([[ True,  True]], dtype=bool), 'b': Array([[False, False]], dtype=bool)}
+      >>> global_topk_masks(scores, 0.5, min_kept=1)
+      {'a': Array([[ True, False]], dtype=bool), 'b': Array([[False,  True]], dtype=bool)}
     """
-    leaves, chosen, treedef = _scored(scores, where)
+    _check_min_kept(min_kept)
+    leaves, chosen, treedef = scored(scores, where)
     taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
     total = sum(leaf.size for leaf in taken)
-    keep = jnp.asarray(total - _pruned_count(total, sparsity))
-    return _masks_from(keep_largest_global(taken, keep), chosen, treedef)
+    keep = total - _pruned_count(total, sparsity)
+    if not min_kept:
+        return _masks_from(keep_largest_global(taken, jnp.asarray(keep)), chosen, treedef)
+    sure = sum(min(min_kept, leaf.size) for leaf in taken)
+    if isinstance(keep, int) and keep < sure:
+        raise ValueError(
+            f"sparsity {sparsity} keeps {keep} of {total}, fewer than min_kept = {min_kept} for "
+            f"each of {len(taken)} leaves."
+        )
+    safe = [keep_largest(leaf, min_kept) for leaf in taken]
+    # NaN comes last, so that what is safe does not compete again.
+    rest = [jnp.where(mask, jnp.nan, leaf) for mask, leaf in zip(safe, taken, strict=True)]
+    won = keep_largest_global(rest, jnp.asarray(keep - sure))
+    return _masks_from(
+        [jnp.logical_or(*pair) for pair in zip(safe, won, strict=True)], chosen, treedef
+    )
 
 
 def _masked(path: str, leaf: Any, mask: Any) -> Any:

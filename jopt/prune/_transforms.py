@@ -30,13 +30,24 @@ class PruneGraduallyState(NamedTuple):
     masks: Any
 
 
-def _need_params(params: Any, name: str) -> None:
+def need_params(params: Any, name: str) -> None:
+    """Raise if a transform was called without parameters.
+
+    Example:
+      >>> need_params({}, "keep_masked")
+    """
     if params is None:
         raise ValueError(f"{name} needs the parameters: call update(updates, state, params).")
 
 
-def _project(updates: Any, params: Any, masks: Any) -> Any:
-    """Replace the update of every pruned weight by the one that takes it to exactly zero."""
+def project(updates: Any, params: Any, masks: Any) -> Any:
+    """Replace the update of every pruned weight by the one that takes it to exactly zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> project(jnp.array([1.0, 1.0]), jnp.array([5.0, 6.0]), jnp.array([True, False]))
+      Array([ 1., -6.], dtype=float32)
+    """
 
     def project(update: jax.Array, param: jax.Array, mask: jax.Array) -> jax.Array:
         wide = jnp.promote_types(update.dtype, param.dtype)
@@ -76,8 +87,8 @@ def keep_masked(masks: Any) -> optax.GradientTransformation:
         return KeepMaskedState(jax.tree.map(jnp.asarray, masks))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        _need_params(params, "keep_masked")
-        return _project(updates, params, state.masks), state
+        need_params(params, "keep_masked")
+        return project(updates, params, state.masks), state
 
     return optax.GradientTransformation(init, update)
 
@@ -133,7 +144,7 @@ def prune_gradually(
         return PruneGraduallyState(jnp.zeros((), jnp.int32), masks)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        _need_params(params, "prune_gradually")
+        need_params(params, "prune_gradually")
 
         def prune() -> Any:
             candidate = apply_masks(optax.apply_updates(params, updates), state.masks)
@@ -143,16 +154,22 @@ def prune_gradually(
 
         masks = jax.lax.cond(state.count % every == 0, prune, lambda: state.masks)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return _project(updates, params, masks), PruneGraduallyState(count, masks)
+        return project(updates, params, masks), PruneGraduallyState(count, masks)
 
     return optax.GradientTransformation(init, update)
+
+
+def _holds_masks(node: Any) -> bool:
+    return isinstance(node, tuple) and "masks" in getattr(node, "_fields", ())
 
 
 def current_masks(state: Any) -> Any:
     """Return the masks held in an optimizer's state, however deep in chains.
 
     Args:
-      state: the state of a transform that contains `keep_masked` or `prune_gradually`.
+      state: the state of a transform that contains `keep_masked`, `prune_gradually`,
+        `sparse_training`, `network_surgery` or any other whose state is a named tuple with a field
+        `masks`.
 
     Returns:
       The tree of masks, True keeps.
@@ -166,9 +183,8 @@ def current_masks(state: Any) -> Any:
       >>> current_masks(tx.init({"w": jnp.ones(2)}))
       {'w': Array(True, dtype=bool)}
     """
-    kinds = (KeepMaskedState, PruneGraduallyState)
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-    found = [node.masks for node in nodes if isinstance(node, kinds)]
+    nodes = jax.tree.leaves(state, is_leaf=_holds_masks)
+    found = [node.masks for node in nodes if _holds_masks(node)]
     if len(found) != 1:
         raise ValueError(f"state must hold the masks of one transform, not of {len(found)}.")
     return found[0]

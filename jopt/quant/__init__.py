@@ -122,6 +122,7 @@ from jopt.quant._quantize import (
 )
 from jopt.quant._range_search import mse, mse_search
 from jopt.quant._ranges import Range, absmax, minmax
+from jopt.quant._row_rounding import row_rounding
 from jopt.quant._smooth import smooth_quant, smoothed_inputs
 from jopt.quant._spec import QuantSpec
 from jopt.quant._ternary import ternarize, ternary, ternary_optimal
@@ -256,6 +257,7 @@ __all__ = [
     "quantize_weighted",
     "random_codebook",
     "remove_batch_norms",
+    "row_rounding",
     "sign_activations",
     "signed_codes",
     "smooth_quant",

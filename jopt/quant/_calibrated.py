@@ -1,13 +1,12 @@
 """Methods after training over whole trees of parameters, with a report of every leaf."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from jopt._trees import Filter, is_kernel, map_selected
-from jopt.layers._outcome import Outcome, to_rows
+from jopt.layers._outcome import Outcome, mapped, stacked_axes
 from jopt.layers._statistics import InputStatistics
 from jopt.quant._by_path import naming_leaf, refuse_non_finite
 from jopt.quant._grids import Leaf
@@ -16,54 +15,6 @@ from jopt.quant._spec import QuantSpec
 
 Method = Callable[[jax.Array, InputStatistics, QuantSpec], tuple[Leaf, Outcome]]
 Report = dict[str, Outcome | str]
-
-
-@functools.lru_cache(maxsize=256)
-def mapped(method: Method, spec: QuantSpec, depth: int) -> Callable[..., tuple[Leaf, Outcome]]:
-    """Return `method` with its spec, compiled once, mapped over `depth` leading axes.
-
-    Example:
-      >>> mapped(len, QuantSpec(), 0) is mapped(len, QuantSpec(), 0)
-      True
-    """
-
-    def function(weights: jax.Array, statistics: InputStatistics) -> tuple[Leaf, Outcome]:
-        return method(weights, statistics, spec)
-
-    for _ in range(depth):
-        function = jax.vmap(function)
-    return jax.jit(function)
-
-
-def stacked_axes(shape: tuple[int, ...], gram_shape: tuple[int, ...]) -> int:
-    """Return how many leading axes of a kernel count layers with statistics of their own.
-
-    Leading axes of the statistics that are not layers are groups. Where both readings fit, layers
-    come first.
-
-    Raises:
-      ValueError: the statistics fit the kernel in no way.
-
-    Example:
-      >>> stacked_axes((12, 64, 32), (12, 64, 64)), stacked_axes((3, 3, 1, 8), (8, 9, 9))
-      (1, 0)
-    """
-    leading, gram = gram_shape[:-2], gram_shape[-2:]
-    reason = f"statistics of shape {gram_shape} do not fit a kernel of shape {shape}."
-    for depth in range(len(leading), max(len(leading) - 2, -1), -1):
-        if leading[:depth] != shape[:depth]:
-            continue
-        try:
-            jax.eval_shape(
-                to_rows,
-                jax.ShapeDtypeStruct(shape[depth:], "float32"),
-                jax.ShapeDtypeStruct((*leading[depth:], *gram), "float32"),
-            )
-        except ValueError as error:
-            reason = str(error)
-        else:
-            return depth
-    raise ValueError(reason)
 
 
 def quantize_leaf(

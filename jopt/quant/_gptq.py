@@ -1,21 +1,20 @@
 """GPTQ: round the inputs of a layer one after the other, each making up for those before it."""
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jopt._arrays import expand_blocks, materialize, working_dtype
-from jopt.layers._feedback import RoundRow, feedback_factor, round_with_feedback
+from jopt._arrays import working_dtype
+from jopt.layers._feedback import feedback_factor, round_with_feedback
 from jopt.layers._outcome import Outcome, from_rows, keep_better, row_axes, to_rows
 from jopt.layers._statistics import InputStatistics
 from jopt.quant._grids import Leaf, Levels
 from jopt.quant._quantize import check_values, encode, quantize
+from jopt.quant._row_rounding import levels_by_row, rounding, widened_levels
 from jopt.quant._spec import QuantSpec
 
 Order = Callable[[jax.Array], jax.Array]
@@ -55,63 +54,6 @@ def as_stored(gram: jax.Array) -> jax.Array:
     return jnp.arange(gram.shape[0])
 
 
-def _block_of_row(counts: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
-    """Return which block each row lies in, rows and blocks numbered in the order of memory."""
-    indices = np.indices(sizes).reshape(len(sizes), math.prod(sizes))
-    blocks = [
-        index // (size // count) for index, size, count in zip(indices, sizes, counts, strict=True)
-    ]
-    return np.ravel_multi_index(blocks, counts) if counts else np.zeros(1, np.int64)
-
-
-def _field_by_row(
-    field: jax.Array, shape: tuple[int, ...], inputs: int
-) -> tuple[jax.Array, np.ndarray]:
-    """Return a field as (blocks of rows, outputs or 1, ...), and the block of each row."""
-    ndim = len(shape)
-    counts, outputs = field.shape[:inputs], field.shape[inputs:ndim]
-    extra = field.shape[ndim:]
-    if math.prod(outputs) > 1 and outputs != shape[inputs:]:
-        spread = (*counts, *shape[inputs:], *extra)
-        field = expand_blocks(field, spread)
-        outputs = shape[inputs:]
-    flat = field.reshape(math.prod(counts), math.prod(outputs), *extra)
-    return flat, _block_of_row(counts, shape[:inputs])
-
-
-def _levels_by_row(
-    levels: Levels, shape: tuple[int, ...], inputs: int, groups: int
-) -> tuple[Levels, Levels]:
-    """Return the levels with the groups leading, and for each field the block of each row."""
-    leaves, treedef = jax.tree.flatten(levels)
-    pairs = [_field_by_row(field, shape, inputs) for field in leaves]
-    columns = math.prod(shape[inputs:])
-
-    def grouped(field: jax.Array) -> jax.Array:
-        blocks, outputs, *extra = field.shape
-        if outputs == 1:
-            return jnp.broadcast_to(field[None], (groups, *field.shape))
-        return field.reshape(blocks, groups, columns // groups, *extra).swapaxes(0, 1)
-
-    fields = [grouped(field) for field, _ in pairs]
-    return jax.tree.unflatten(treedef, fields), [block for _, block in pairs]
-
-
-def _rounding(levels: Levels, blocks: list[jax.Array], spec: QuantSpec) -> RoundRow:
-    """Return the function that rounds a row to the levels of its blocks."""
-
-    def round_row(index: jax.Array, values: jax.Array) -> jax.Array:
-        fields, treedef = jax.tree.flatten(levels)
-        row = [
-            jax.lax.dynamic_slice_in_dim(field, block.at[index].get(mode="clip"), 1)
-            for field, block in zip(fields, blocks, strict=True)
-        ]
-        leaf = spec.grid.encode(values[None], jax.tree.unflatten(treedef, row), spec.bits)
-        return materialize(leaf)[0].astype(values.dtype)
-
-    return round_row
-
-
 def _round_rows(
     rows: jax.Array,
     gram: jax.Array,
@@ -125,7 +67,7 @@ def _round_rows(
     places = order(gram)[::-1]
     factor = feedback_factor(gram[places][:, places], damping)
     blocks_in_order = [jnp.asarray(block)[places] for block in blocks]
-    rounded = round_with_feedback(rows[places], factor, _rounding(levels, blocks_in_order, spec))
+    rounded = round_with_feedback(rows[places], factor, rounding(levels, blocks_in_order, spec))
     return jnp.zeros_like(rounded).at[places].set(rounded)
 
 
@@ -141,10 +83,10 @@ def _gptq(
     gram = statistics.gram.astype(exact)
     rows = to_rows(weights.astype(exact), gram)
     nearest = quantize(weights, spec)
-    levels = _widened(nearest, weights.dtype, exact).replace(codes=None)
+    levels = widened_levels(nearest, weights.dtype, exact)
     inputs = row_axes(weights.shape, gram.shape[-1])
     groups = gram.shape[0] if gram.ndim == 3 else 1
-    by_row, blocks = _levels_by_row(levels, weights.shape, inputs, groups)
+    by_row, blocks = levels_by_row(levels, weights.shape, inputs, groups)
     share = jnp.asarray(damping, exact)
 
     def run(rows: jax.Array, gram: jax.Array, levels: Levels) -> jax.Array:
@@ -157,11 +99,6 @@ def _gptq(
     leaf = encode(from_rows(rounded, weights.shape), levels, spec)
     leaf = jax.tree.map(lambda new, old: new.astype(old.dtype), leaf, nearest)
     return keep_better(weights, leaf, nearest, statistics)
-
-
-def _widened(leaf: Leaf, narrow: Any, wide: Any) -> Leaf:
-    """Return a leaf whose scales and codebooks have the dtype in which rounding is done."""
-    return jax.tree.map(lambda field: field.astype(wide) if field.dtype == narrow else field, leaf)
 
 
 def gptq(

@@ -17,10 +17,10 @@ from jopt._arrays import materialize
 from jopt._trees import Filter, flatten_with_paths, is_kernel
 from jopt.layers import Layer, find_layers, layer_inputs
 from jopt.layers._calibrate import map_over, shared_axes, subsample
-from jopt.layers._outcome import Outcome, keep_lower
+from jopt.layers._outcome import Outcome, keep_lower, mapped
 from jopt.layers._statistics import InputStatistics, InputSums, input_statistics
 from jopt.quant._by_path import naming_leaf, refuse_non_finite, selected
-from jopt.quant._calibrated import Method, Report, mapped
+from jopt.quant._calibrated import Method, Report
 from jopt.quant._drift import Drift, corrected_weights, drifted_error
 from jopt.quant._grids import Leaf
 from jopt.quant._quantize import check_values, quantize

@@ -1,0 +1,424 @@
+"""Every criterion at every sparsity: LeNet-5 on MNIST, the batch-norm network on Fashion-MNIST.
+
+Three ways to a sparse network, each with the same epochs within itself:
+
+- *once*: train dense, remove everything at once, fine-tune with the masks held;
+- *gradual*: train dense, remove along Zhu and Gupta's cubic schedule while training on, fine-tune;
+- *scratch*: sparse from the first step, as many epochs as the others together.
+
+All kernels are pruned, biases and batch norms are not. The test images are looked at once for every
+row, and nothing is chosen by them. Every finished row is kept, so that a killed run goes on.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from rich.console import Console
+
+import jopt
+from experiments import (
+    _checkpoint,
+    _cnn,
+    _convolution,
+    _data,
+    _models,
+    _prune_criteria_report,
+    _results,
+    _train,
+)
+from jopt import layers, prune
+
+Tree = Any
+LEVELS = (0.8, 0.9, 0.95, 0.98, 0.99)
+EXAMPLES = 1024  # training images that scores and statistics are taken from
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the outcome, written into the results."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    levels: tuple[float, ...] = LEVELS
+    batch: int = 128
+    dense: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 3, "cnn": 4})
+    after: int = 2
+    rate: float = 2e-3
+    tuning_rate: float = 1e-3
+    prune_every: int = 20
+    rewire_every: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network as this part needs it.
+
+    Attributes:
+      name: of its rows.
+      dataset: that it is trained on.
+      initial: key to fresh parameters.
+      logits: `(params, images) -> logits` in training.
+      visible: the same function with XLA's convolutions, whose kernels `calibrate` sees.
+      error: `(params, estimation images, (images, labels)) -> error rate`.
+    """
+
+    name: str
+    dataset: str
+    initial: Callable[[Array], Tree]
+    logits: Callable[[Tree, Array], Array]
+    visible: Callable[[Tree, Array], Array]
+    error: Callable[[Tree, Array, Any], float]
+
+
+_lenet = _models.LeNet5()
+_direct = _models.LeNet5(conv_pool=_convolution.conv_pool_direct)
+
+
+def _lenet_logits(params: Tree, images: Array) -> Array:
+    return _lenet.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
+
+
+def _lenet_visible(params: Tree, images: Array) -> Array:
+    return _direct.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
+
+
+def _cnn_visible(params: Tree, images: Array) -> Array:
+    return _cnn.training_logits(params, images, network=_cnn.traced_normed)
+
+
+def _cnn_error(params: Tree, images: Array, part: Any) -> float:
+    averages = _cnn.estimate(params, _models.unchanged_inputs, _train.normalize(images))
+    return _cnn.error({"params": _cnn.fold(params, averages), "inputs": {}}, part)
+
+
+NETWORKS = {
+    "lenet5": Network(
+        "lenet5",
+        "mnist",
+        lambda key: jax.jit(_lenet.init)(key, jnp.zeros((1, *_cnn.SHAPE)))["params"],
+        _lenet_logits,
+        _lenet_visible,
+        lambda params, images, part: _train.error_rate(_lenet_logits, params, *part),
+    ),
+    "cnn": Network(
+        "cnn",
+        "fashion_mnist",
+        lambda key: _cnn.initial(key)[0],
+        _cnn.training_logits,
+        _cnn_visible,
+        _cnn_error,
+    ),
+}
+
+
+class Run:
+    """One network: its data, its compiled steps, its finished rows."""
+
+    def __init__(
+        self, network: Network, data: _data.Dataset, settings: Settings, work: Path, say: Any
+    ) -> None:
+        """Put the data on the device."""
+        self.network, self.settings, self.say = network, settings, say
+        self.train, self.validation, self.test = (
+            (jnp.asarray(images), jnp.asarray(labels))
+            for images, labels in (data.train, data.validation, data.test)
+        )
+        about = dataclasses.asdict(settings) | {"seeds": None, "levels": None}
+        digest = json.dumps([jopt.__version__, about, data.source, len(data.train[1])])
+        self.work = work / f"{network.name}-{hashlib.sha256(digest.encode()).hexdigest()[:12]}"
+        self.epoch = max(1, len(data.train[1]) // settings.batch)
+        self.steps: dict[Any, _train.Step] = {}
+
+    @property
+    def dense_epochs(self) -> int:
+        """Return the epochs of the dense training."""
+        return self.settings.dense[self.network.name]
+
+    def loss(self, params: Tree, images: Array, labels: Array, *unused: Any) -> Array:
+        """Return the mean cross-entropy."""
+        logits = self.network.logits(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def visible_loss(self, params: Tree, images: Array, labels: Array) -> Array:
+        """Return the same with convolutions that scores may differentiate twice."""
+        logits = self.network.visible(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def adam(self, rate: float, epochs: int) -> optax.GradientTransformation:
+        """Return Adam with a short warm-up and a cosine to a hundredth of the rate."""
+        total = self.epoch * epochs
+        warm = min(200, max(1, total // 10))
+        return optax.adam(
+            optax.warmup_cosine_decay_schedule(rate / 20, rate, warm, total, rate / 100)
+        )
+
+    def fit(self, name: Any, tx: Any, params: Tree, epochs: int, seed: int, at: int) -> Tree:
+        """Train for some epochs; steps of one name are compiled once."""
+        step = self.steps.setdefault(name, _train.make_step(self.loss, tx))
+        key = jax.random.fold_in(jax.random.key(seed), at)
+        carry = _train.start(params, tx, key)
+        images, labels = self.train
+        batch = min(self.settings.batch, len(labels))
+        for epoch in range(epochs):
+            order = _train.epoch_order(jax.random.fold_in(key, epoch), len(labels), batch)
+            carry, _ = _train.run_epoch(step, carry, images, labels, order)
+        return carry.params
+
+    def dense(self, seed: int) -> Tree:
+        """Train the dense network of a seed, or read it."""
+        params = self.network.initial(jax.random.key(seed))
+        file = self.work / f"dense-{seed}.ckpt"
+        restored = _checkpoint.restore(file, params)
+        if restored is not None:
+            return restored
+        epochs = self.dense_epochs
+        tx = self.adam(self.settings.rate, epochs)
+        params = self.fit("dense", tx, params, epochs, seed, 1)
+        _checkpoint.save(file, params)
+        return params
+
+    def held(self, masks: Tree, params: Tree, seed: int) -> Tree:
+        """Fine-tune with the masks held."""
+        tx = optax.chain(
+            self.adam(self.settings.tuning_rate, self.settings.after), prune.keep_masked(masks)
+        )
+        masked = prune.apply_masks(params, masks)
+        return self.fit("held", tx, masked, self.settings.after, seed, 2)
+
+    def gradually(self, name: str, criterion: Any, level: float, params: Tree, seed: int) -> Tree:
+        """Remove weights over two thirds of the epochs after the dense training."""
+        epochs = self.settings.after
+        schedule = prune.cubic_schedule(level, 0, self.epoch * epochs * 2 // 3)
+        every = max(1, min(self.settings.prune_every, self.epoch // 2))
+        rule = prune.gradual(schedule, every, criterion)
+        tx = prune.sparse_training(self.adam(self.settings.tuning_rate, epochs), rule)
+        return self.fit((name, level), tx, params, epochs, seed, 2)
+
+    def from_scratch(self, name: str, tx: Any, params: Tree, seed: int) -> Tree:
+        """Train a network that is sparse from the start."""
+        return self.fit(name, tx, params, self.dense_epochs + self.settings.after, seed, 1)
+
+    def examples(self) -> tuple[Array, Array]:
+        """Return the images, normalized, and labels that scores are taken from."""
+        images, labels = self.train
+        return _train.normalize(images[:EXAMPLES]), labels[:EXAMPLES]
+
+
+Make = Callable[[Run, Tree, float, int], Tree]
+
+
+def _once(score: Callable[[Run, Tree, int], Tree], select: Any = prune.global_topk_masks) -> Make:
+    def make(run: Run, dense: Tree, level: float, seed: int) -> Tree:
+        return run.held(select(score(run, dense, seed), level), dense, seed)
+
+    return make
+
+
+def _gradients(run: Run, params: Tree) -> Tree:
+    return jax.jit(jax.grad(run.loss))(params, *run.examples())
+
+
+def _fisher(run: Run, params: Tree, seed: int) -> Tree:
+    def loss(params: Tree, image: Array, label: Array) -> Array:
+        return run.visible_loss(params, image[None], label[None])
+
+    return prune.fisher_scores(params, prune.squared_gradients(loss, params, *run.examples()))
+
+
+def _statistics(run: Run, params: Tree) -> Any:
+    images, _ = run.examples()
+    batches = [images[at : at + 128] for at in range(0, len(images), 128)]
+    return layers.calibrate(run.network.visible, params, batches, max_rows=4096)
+
+
+def _sparse_gpt(run: Run, dense: Tree, level: float, seed: int) -> Tree:
+    pruned, masks, _ = prune.prune_calibrated_params(dense, _statistics(run, dense), level)
+    return run.held(masks, pruned, seed)
+
+
+def _gradual(name: str, criterion: Any) -> Make:
+    def make(run: Run, dense: Tree, level: float, seed: int) -> Tree:
+        return run.gradually(name, criterion, level, dense, seed)
+
+    return make
+
+
+def _fresh(run: Run, seed: int) -> Tree:
+    return run.network.initial(jax.random.key(seed))
+
+
+def _at_start(masks_of: Callable[[Run, Tree, float, int], Tree]) -> Make:
+    def make(run: Run, dense: Tree, level: float, seed: int) -> Tree:
+        params = _fresh(run, seed)
+        masks = masks_of(run, params, level, seed)
+        epochs = run.dense_epochs + run.settings.after
+        tx = optax.chain(run.adam(run.settings.rate, epochs), prune.keep_masked(masks))
+        return run.from_scratch("fixed", tx, prune.apply_masks(params, masks), seed)
+
+    return make
+
+
+def _random_masks(run: Run, params: Tree, level: float, seed: int) -> Tree:
+    scores = prune.random_scores(jax.random.fold_in(jax.random.key(seed), 3), params)
+    return prune.topk_masks(scores, prune.erdos_renyi_kernel_sparsities(params, level))
+
+
+def _rewired(name: str, rule: Callable[[Run, Tree, int, int], Any]) -> Make:
+    def make(run: Run, dense: Tree, level: float, seed: int) -> Tree:
+        params = _fresh(run, seed)
+        masks = _random_masks(run, params, level, seed)
+        epochs = run.dense_epochs + run.settings.after
+        end = run.epoch * epochs * 3 // 4
+        tx = prune.sparse_training(run.adam(run.settings.rate, epochs), rule(run, masks, end, seed))
+        return run.from_scratch(name, tx, prune.apply_masks(params, masks), seed)
+
+    return make
+
+
+def _set(run: Run, masks: Tree, end: int, seed: int) -> Any:
+    del end
+    return prune.set_rule(jax.random.key(seed), masks, run.epoch)  # once an epoch, as the paper
+
+
+def _rigl(run: Run, masks: Tree, end: int, seed: int) -> Any:
+    del seed
+    return prune.rigl(masks, end, run.settings.rewire_every)
+
+
+def _grasp(run: Run, params: Tree, level: float, seed: int) -> Tree:
+    scores = jax.jit(partial(prune.grasp_scores, run.visible_loss))(params, *run.examples())
+    return prune.global_topk_masks(scores, level)
+
+
+def _snip(run: Run, params: Tree, level: float, seed: int) -> Tree:
+    scores = prune.snip_scores(run.visible_loss, params, *run.examples())
+    return prune.global_topk_masks(scores, level)
+
+
+def _synflow(run: Run, params: Tree, level: float, seed: int) -> Tree:
+    return prune.synflow_masks(run.network.visible, params, level, run.examples()[0][:2])
+
+
+# (how, criterion): how a row is made.
+ROWS: dict[tuple[str, str], Make] = {
+    ("once", "random"): _once(
+        lambda run, params, seed: prune.random_scores(jax.random.key(seed), params),
+        prune.topk_masks,
+    ),
+    ("once", "magnitude, by layer"): _once(
+        lambda run, params, seed: prune.magnitude_scores(params), prune.topk_masks
+    ),
+    ("once", "magnitude"): _once(lambda run, params, seed: prune.magnitude_scores(params)),
+    ("once", "LAMP"): _once(lambda run, params, seed: prune.lamp_scores(params)),
+    ("once", "saliency"): _once(
+        lambda run, params, seed: prune.saliency_scores(params, _gradients(run, params))
+    ),
+    ("once", "Fisher"): _once(_fisher),
+    ("once", "Wanda"): _once(
+        lambda run, params, seed: prune.wanda_scores(params, _statistics(run, params))[0],
+        prune.output_topk_masks,
+    ),
+    ("once", "SparseGPT"): _sparse_gpt,
+    ("gradual", "random"): _gradual(
+        "random", lambda params: prune.random_scores(jax.random.key(0), params)
+    ),
+    ("gradual", "magnitude"): _gradual("magnitude", prune.magnitude_scores),
+    ("gradual", "LAMP"): _gradual("LAMP", prune.lamp_scores),
+    ("gradual", "movement"): _gradual("movement", prune.movement()),
+    ("gradual", "Fisher"): _gradual("Fisher", prune.fisher()),
+    ("scratch", "random"): _at_start(_random_masks),
+    ("scratch", "SNIP"): _at_start(_snip),
+    ("scratch", "GraSP"): _at_start(_grasp),
+    ("scratch", "SynFlow"): _at_start(_synflow),
+    ("scratch", "SET"): _rewired("SET", _set),
+    ("scratch", "RigL"): _rewired("RigL", _rigl),
+}
+
+
+def _accuracy(run: Run, params: Tree, part: Any) -> float:
+    return round(1 - run.network.error(params, run.train[0][:4096], part), 6)
+
+
+def measure(run: Run, seed: int) -> list[dict[str, Any]]:
+    """Make and score every row of one seed that is not among the finished ones."""
+    file = run.work / f"rows-{seed}.json"
+    done = json.loads(file.read_text()) if file.exists() else {}
+    dense = run.dense(seed)
+    wanted = [("dense", "", 0.0)]
+    wanted += [(*row, level) for level in run.settings.levels for row in ROWS]
+    for how, criterion, level in wanted:
+        name = f"{how} {criterion} {level}"
+        if name in done:
+            continue
+        params = dense if how == "dense" else ROWS[how, criterion](run, dense, level, seed)
+        done[name] = {
+            "how": how,
+            "criterion": criterion,
+            "level": level,
+            "sparsity": round(float(prune.sparsity(params)), 6),
+            "validation": _accuracy(run, params, run.validation),
+            "test": _accuracy(run, params, run.test),
+        }
+        run.work.mkdir(parents=True, exist_ok=True)
+        _results.write_atomically(file, json.dumps(done).encode())
+        row = done[name]
+        run.say(
+            f"{run.network.name}, seed {seed}: {name}: {row['sparsity']:.2%} zeros, "
+            f"validation {row['validation']:.2%}"
+        )
+    return [done[f"{how} {criterion} {level}"] for how, criterion, level in wanted]
+
+
+def smoke(settings: Settings) -> Settings:
+    """Shorten everything to an epoch of what little data there then is."""
+    dense = dict.fromkeys(settings.dense, 1)
+    return dataclasses.replace(settings, dense=dense, after=1, levels=(0.9,))
+
+
+def run(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    plot: Callable[[str], Path],
+    console: Console,
+) -> dict[str, Any]:
+    """Run or resume the part; returns its tag, data, settings, figures and targets."""
+    settings = Settings(seeds=seeds)
+    settings = settings if head is None else smoke(settings)
+    about, rows, tags = {}, {}, set()
+    for network in NETWORKS.values():
+        try:
+            data = _data.load(dataset or network.dataset)
+        except _data.DataUnavailable as problem:
+            raise SystemExit(str(problem)) from None
+        if data.note:
+            console.print(data.note)
+        data = data if head is None else _data.head(data, head)
+        each = Run(network, data, settings, work, console.print)
+        rows[network.name] = _prune_criteria_report.joined([measure(each, seed) for seed in seeds])
+        about[network.name] = {
+            "name": data.name,
+            "source": data.source,
+            "validation": len(data.validation[1]),
+        }
+        tags.add("" if data.tag == network.dataset else data.tag)
+    tag = "-".join(sorted(tags - {""}))
+    targets = [] if tag else _prune_criteria_report.targets(rows)
+    _prune_criteria_report.plot(rows, plot(tag))
+    _prune_criteria_report.table(rows, targets, console)
+    return {
+        "tag": tag,
+        "data": about,
+        "settings": dataclasses.asdict(settings) | {"examples": EXAMPLES},
+        "figures": rows,
+        "targets": targets,
+    }

@@ -1,0 +1,156 @@
+"""Table, targets and plot of the criteria part of the pruning experiment."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import _results
+
+Row = dict[str, Any]
+TITLES = {"lenet5": "LeNet-5, MNIST", "cnn": "batch-norm CNN, Fashion-MNIST"}
+
+
+def joined(by_seed: list[list[Row]]) -> list[Row]:
+    """Join the rows of all seeds: lists, means, and the spread from lowest to highest."""
+    found = []
+    for rows in zip(*by_seed, strict=True):
+        tests = [row["test"] for row in rows]
+        found.append(
+            {key: rows[0][key] for key in ("how", "criterion", "level")}
+            | {key: [row[key] for row in rows] for key in ("sparsity", "validation", "test")}
+            | {
+                "mean_validation": round(float(np.mean([row["validation"] for row in rows])), 6),
+                "mean_test": round(float(np.mean(tests)), 6),
+                "spread_test": round(max(tests) - min(tests), 6),
+            }
+        )
+    return found
+
+
+def _by_level(rows: list[Row], how: str, criterion: str) -> dict[float, float]:
+    return {
+        row["level"]: row["mean_test"]
+        for row in rows
+        if (row["how"], row["criterion"]) == (how, criterion)
+    }
+
+
+# What the literature says: the first is at least as good as the second.
+ORDERS = (
+    ("gradual magnitude above magnitude at once", ("gradual", "magnitude"), ("once", "magnitude")),
+    ("magnitude at once above random at once", ("once", "magnitude"), ("once", "random")),
+    ("gradual magnitude above gradual random", ("gradual", "magnitude"), ("gradual", "random")),
+    ("RigL above static random", ("scratch", "RigL"), ("scratch", "random")),
+)
+SECOND_ORDER = (("gradual", "Fisher"), ("gradual", "movement"))
+
+
+def targets(rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
+    """Hold the order of the criteria against the literature's: points of mean test accuracy."""
+    found = []
+    for network, own in rows.items():
+        for words, better, worse in ORDERS:
+            first, second = _by_level(own, *better), _by_level(own, *worse)
+            for level in first:
+                gain = round(first[level] - second[level], 6)
+                found.append(
+                    _results.target(f"{network}, {level:.0%}: {words}", gain, 0.0, "higher")
+                )
+        magnitude = _by_level(own, "gradual", "magnitude")
+        for level in [level for level in magnitude if level >= 0.95]:
+            best = max(_by_level(own, *each)[level] for each in SECOND_ORDER)
+            words = f"{network}, {level:.0%}: Fisher or movement no worse than magnitude, gradual"
+            found.append(_results.target(words, round(best - magnitude[level], 6), 0.0, "higher"))
+    return found
+
+
+def table(rows: dict[str, list[Row]], targets: list[dict[str, Any]], console: Console) -> None:
+    """Print the mean test accuracy of every row, a column for each sparsity."""
+    for network, own in rows.items():
+        dense = own[0]
+        levels = sorted({row["level"] for row in own[1:]})
+        console.print(
+            f"{TITLES[network]}: test accuracy, mean of {len(dense['test'])} seeds; dense "
+            f"{dense['mean_test']:.2%}; after the sign half the spread over seeds"
+        )
+        found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for name in ("how", "criterion"):
+            found.add_column(name, no_wrap=True)
+        for level in levels:
+            found.add_column(f"{level:.0%}", justify="right", no_wrap=True)
+        kinds = dict.fromkeys((row["how"], row["criterion"]) for row in own[1:])
+        last = None
+        for how, criterion in kinds:
+            if last not in (None, how):
+                found.add_section()
+            last = how
+            cells = [
+                f"{100 * row['mean_test']:.2f} ±{50 * row['spread_test']:.2f}"
+                for row in own
+                if (row["how"], row["criterion"]) == (how, criterion)
+            ]
+            found.add_row(how, criterion, *cells)
+        console.print(found)
+    missed = [each for each in targets if not each["met"]]
+    if targets:
+        console.print(f"{len(targets) - len(missed)} of {len(targets)} orders hold.")
+    for each in missed:
+        console.print(f"  not: {each['target']} ({100 * each['value']:+.2f} points)")
+
+
+def plot(rows: dict[str, list[Row]], file: Path) -> None:
+    """Draw the error against sparsity, a panel for each network and way of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ways = ("once", "gradual", "scratch")
+    titles = {
+        "once": "at once, then fine-tuned",
+        "gradual": "gradually",
+        "scratch": "sparse from the start",
+    }
+    figure, axes = pyplot.subplots(
+        len(rows), len(ways), figsize=(12, 3.6 * len(rows)), squeeze=False, sharey="row"
+    )
+    for line, (network, own) in zip(axes, rows.items(), strict=True):
+        for axis, how in zip(line, ways, strict=True):
+            dense = 100 * (1 - own[0]["mean_test"])
+            axis.axhline(dense, color="0.6", linewidth=1, linestyle=":")
+            kinds = dict.fromkeys(row["criterion"] for row in own[1:] if row["how"] == how)
+            for number, criterion in enumerate(kinds):
+                picked = [r for r in own if (r["how"], r["criterion"]) == (how, criterion)]
+                left = [100 * (1 - row["level"]) for row in picked]
+                errors = np.array([[100 * (1 - test) for test in row["test"]] for row in picked])
+                color = f"C{number}" if criterion != "random" else "0.35"
+                axis.plot(left, errors.mean(1), "o-", color=color, markersize=3, label=criterion)
+                axis.fill_between(left, errors.min(1), errors.max(1), color=color, alpha=0.15)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.invert_xaxis()
+            ticks = sorted({round(100 * (1 - row["level"]), 6) for row in own[1:]})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.set_title(f"{TITLES[network]}\n{titles[how]}", fontsize=9)
+            axis.legend(fontsize=7, frameon=False)
+            axis.set_xlabel("weights left in kernels, %")
+        _plain_ticks(line[0])
+        line[0].set_ylabel("test error, %")
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".png", ".svg"):
+        figure.savefig(file.with_name(file.name + suffix), dpi=150)
+    pyplot.close(figure)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Write errors as plain numbers, at steps of the usual kind within the range drawn."""
+    low, high = axis.get_ylim()
+    steps = [base * 10.0**power for power in range(-2, 3) for base in (1, 2, 3, 5, 7)]
+    ticks = [step for step in steps if low <= step <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

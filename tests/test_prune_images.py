@@ -1,0 +1,80 @@
+"""The pruning experiment runs, resumes, counts what is left, and keeps its parts apart."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import _data, _prune_extreme, _results, _stages, prune_images
+from jopt import prune
+from tests import tiny_tfds
+
+pytestmark = pytest.mark.filterwarnings("default")  # those of TFDS and matplotlib are not ours
+
+
+def test_extreme_runs_resumes_and_keeps_what_it_promises(tmp_path, monkeypatch):
+    tiny_tfds.write(tmp_path / "tfds", "tiny_digits")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(_data, "CACHE", tmp_path / "cache")
+    train, begun = _stages.Trainer.train, []
+
+    def killed_once(self, stage, *args, **kwargs):
+        begun.append(stage)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return train(self, stage, *args, **kwargs)
+
+    monkeypatch.setattr(_stages.Trainer, "train", killed_once)
+    out = tmp_path / "out"
+    arguments = ["--only", "extreme", "--dataset", "tiny_digits", "--smoke", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        prune_images.main(arguments)
+    prune_images.main(arguments)
+    file = out / "prune_images-tiny_digits-head.json"
+    results = json.loads(file.read_text())
+    needed = {"command", "versions", "hardware", "data", "settings", "figures", "targets", "runs"}
+    assert needed <= set(results) and results["targets"] == []  # asked for on full MNIST only
+    networks = results["figures"]["extreme"]["networks"]
+    for name, (total, ratio) in {"lenet5": (431_080, 280), "lenet_300_100": (266_610, 68)}.items():
+        (row,) = networks[name]["seeds"]
+        kinds = [count for layer in row["left_by_layer"].values() for count in layer.values()]
+        assert row["parameters"] == total and row["left"] == sum(kinds)
+        assert row["left"] == total // ratio and row["ratio"] >= ratio
+        assert row["bytes"] < networks["teacher"]["seeds"][0]["bytes"] / 40
+    assert (out / "prune_images-tiny_digits-head-extreme.png").stat().st_size > 1000
+
+
+def test_a_recipe_ends_with_exactly_the_weights_that_it_names():
+    recipe = _prune_extreme.Recipe(7, 0.0, 1, 3, 1, rate=1e-2, decay=0.1, power=4)
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(9, 11)), jnp.float32), "bias": jnp.ones(5)}
+    tx = _prune_extreme.pruning(recipe, 104, epoch=8, every=3)
+    state, levels = tx.init(params), []
+    for _ in range(5 * 8):
+        updates, state = tx.update(
+            {"kernel": jnp.sign(params["kernel"]), "bias": params["bias"]}, state, params
+        )
+        params = optax.apply_updates(params, updates)
+        levels.append(_prune_extreme.left(params))
+    masks = prune.current_masks(state)
+    assert levels[7] == 104 and levels[-1] == 104 // 7
+    assert levels == sorted(levels, reverse=True)
+    assert sum(int(mask.sum()) for mask in masks.values()) == 104 // 7
+
+
+def test_a_part_is_replaced_without_losing_the_others():
+    def made(value: float) -> dict:
+        target = _results.target("error", value, 1.0, "lower")
+        return {"data": value, "settings": {}, "figures": {"error": value}, "targets": [target]}
+
+    results = prune_images.joined({}, "first", made(2.0))
+    results = prune_images.joined(results, "second", made(0.5))
+    results = prune_images.joined(results, "first", made(0.25))
+    assert results["data"] == {"first": 0.25, "second": 0.5}
+    assert results["figures"]["second"] == {"error": 0.5} and set(results["runs"]) == set(
+        results["settings"]
+    )
+    named = {each["target"]: (each["value"], each["met"]) for each in results["targets"]}
+    assert named == {"first: error": (0.25, True), "second: error": (0.5, True)}
