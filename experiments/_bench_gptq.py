@@ -1,7 +1,6 @@
 """GPTQ against the paper's algorithm in PyTorch: the factor and the loop, side by side."""
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import _timing
 from experiments._results import target
 from jopt.layers._feedback import feedback_factor, round_with_feedback
 from jopt.layers._statistics import InputStatistics
@@ -88,23 +88,6 @@ def jopt_loop(kernel: jax.Array, factor: jax.Array, scale: jax.Array) -> jax.Arr
     return round_with_feedback(kernel[::-1], factor, round_row)[::-1]
 
 
-def _timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
-
-
-def _interleaved(rows: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return median seconds of each, run in turns, after one turn that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for turn in range(repeats + 1):
-        for name, function in rows.items():
-            spent = _timed(function)
-            if turn:
-                seconds[name].append(spent)
-    return {name: float(np.median(spent)) for name, spent in seconds.items()}
-
-
 def _error(kernel: np.ndarray, restored: Any, gram: np.ndarray) -> float:
     delta = kernel - np.asarray(restored)
     return float(np.sum(delta * (gram @ delta), dtype=np.float64))
@@ -139,7 +122,9 @@ def compare(size: int, repeats: int) -> dict[str, Any]:
         figures["torch_error"] = _error(
             kernel, torch_loop(outputs, prepared, steps).numpy().T, gram
         )
-    figures["median_s"] = medians = _interleaved(timed, repeats)
+    figures["median_s"] = medians = {
+        name: row["median_s"] for name, row in _timing.interleaved(timed, repeats).items()
+    }
     if torch is not None:
         for part in ("preparation", "loop"):
             figures[f"{part}_times_faster"] = medians[f"torch {part}"] / medians[f"jopt {part}"]

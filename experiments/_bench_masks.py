@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import _timing
 from experiments._results import target
 from jopt import prune
 from jopt.prune._threshold import keep_largest_global
@@ -168,12 +169,6 @@ def _sides(scores: list[jax.Array], keep: int, sparsity: float) -> dict[str, Sid
     }
 
 
-def _timed(function: Side) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
-
-
 def _repeats(name: str, rounds: int) -> int:
     """Return how often a side has its turn: those that take seconds less often."""
     if name in JAX_PEERS:
@@ -187,7 +182,7 @@ def _turns(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
     for turn in range(rounds):
         for name, side in sides.items():
             if turn < _repeats(name, rounds):
-                seconds[name].append(_timed(side))
+                seconds[name].append(_timing.timed(side))
     return seconds
 
 

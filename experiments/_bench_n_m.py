@@ -1,7 +1,5 @@
 """2:4 masks of one kernel, by ranks against the ways of other libraries."""
 
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import _timing
 from jopt import prune
 
 SEED = 0
@@ -46,12 +45,6 @@ def _positive(scores: jax.Array) -> jax.Array:
     return scores > 0
 
 
-def _timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
-
-
 def rows(smoke: bool, rounds: int) -> dict[str, Any]:
     """Make 2:4 and 4:8 masks along both axes of a 1024 x 1024 kernel."""
     size = 64 if smoke else 1024
@@ -70,7 +63,7 @@ def rows(smoke: bool, rounds: int) -> dict[str, Any]:
             seconds: dict[str, list[float]] = {name: [] for name in sides}
             for _ in range(3 * rounds):
                 for name, side in sides.items():
-                    seconds[name].append(_timed(side))
+                    seconds[name].append(_timing.timed(side))
             medians = {name: float(np.median(times)) for name, times in seconds.items()}
             figures[f"{n}:{m} along axis {axis}"] = {
                 "median_s": medians,

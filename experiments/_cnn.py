@@ -36,6 +36,14 @@ def initial(key: Array) -> tuple[Tree, Tree]:
     return variables["params"], variables["batch_stats"]
 
 
+def fresh_averages(params: Tree) -> Tree:
+    """Return running averages as they are before any step, of the widths of these parameters."""
+    return {
+        norm: {"mean": jnp.zeros(size), "var": jnp.ones(size)}
+        for norm, size in ((n, params[n]["scale"].shape[0]) for n in NORMS.values())
+    }
+
+
 def training_logits(
     params: Tree,
     images: Array,
@@ -43,11 +51,7 @@ def training_logits(
     network: _models.BatchNormCNN = normed,
 ) -> Array:
     """Return logits with the statistics of the batch itself."""
-    averages = {
-        norm: {"mean": jnp.zeros(size), "var": jnp.ones(size)}
-        for norm, size in ((n, params[n]["scale"].shape[0]) for n in NORMS.values())
-    }
-    variables = {"params": params, "batch_stats": averages}
+    variables = {"params": params, "batch_stats": fresh_averages(params)}
     return network.apply(variables, images, True, change_inputs)  # pyright: ignore[reportReturnType]
 
 
@@ -68,6 +72,11 @@ def run(tree: Tree, images: Array) -> Array:
     params = materialize(tree["params"])
     hook = quantize_inputs(tree["inputs"])
     return folded.apply({"params": params}, images, False, hook)  # pyright: ignore[reportReturnType]
+
+
+def folded_logits(params: Tree, images: Array) -> Array:
+    """Run the folded network on plain parameters."""
+    return folded.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
 
 
 def traced_logits(params: Tree, images: Array) -> Array:

@@ -20,7 +20,6 @@ import argparse
 import importlib.util
 import json
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _bench_gptq, _bench_kmeans
+from experiments import _bench_gptq, _bench_kmeans, _timing
 from experiments._results import RESULTS, command, environment, target, write_results
 from jopt import quant
 
@@ -44,26 +43,6 @@ def bert_base_shapes() -> list[tuple[int, int]]:
     for _ in range(12):
         shapes += [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
     return shapes
-
-
-def _timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
-
-
-def interleaved(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Time the sides in turns, after one call each to warm up; returns medians and minima."""
-    for side in sides.values():
-        jax.block_until_ready(side())
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, side in sides.items():
-            seconds[name].append(_timed(side))
-    return {
-        name: {"median_s": float(np.median(times)), "min_s": min(times), "repeats": len(times)}
-        for name, times in seconds.items()
-    }
 
 
 def _torch_sides(kernels: list[np.ndarray]) -> dict[str, Callable[[], Any]]:
@@ -134,7 +113,8 @@ def int8_rows(smoke: bool) -> dict[str, Any]:
         "jopt": lambda: run(params),
         "XLA copy of the floats": lambda: copy(params),
     }
-    rows = interleaved(sides | _torch_sides(kernels) | _torchao_sides(kernels), 3 if smoke else 9)
+    sides |= _torch_sides(kernels) | _torchao_sides(kernels)
+    rows = _timing.interleaved(sides, 3 if smoke else 9)
     ours = rows["jopt"]["median_s"]
     return {
         "parameters": sum(kernel.size for kernel in kernels),

@@ -4,9 +4,10 @@
     python -m experiments.prune_images --only extreme        # one part; the others are left alone
     python -m experiments.prune_images --smoke               # a trial in a minute or two
 
-Part `criteria` prunes LeNet-5 and a network with batch norms on Fashion-MNIST by every criterion to
-80, 90, 95, 98 and 99 %: `experiments._prune_criteria`. Part `extreme` takes LeNet-5 to one weight
-in 280 and LeNet-300-100 to one in 68 on MNIST: `experiments._prune_extreme`.
+Part `criteria` prunes LeNet-5 and a network with batch norms on Fashion-MNIST by every criterion,
+to 80, 90, 95, 98 and 99 %: `experiments._prune_criteria`. Part `extreme` takes LeNet-5 to one of
+280 weights and LeNet-300-100 to one of 68 on MNIST: `experiments._prune_extreme`. Part `channels`
+removes channels until a quarter of the multiply-adds is left: `experiments._prune_channels`.
 
 Choices are made on a validation part of the training images; the test images are looked at once, at
 the end. Finished epochs are kept: a killed run goes on where it was, and `--restart` forgets them.
@@ -24,12 +25,16 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import _data, _prune_criteria, _prune_extreme, _results, _train
+from experiments import _data, _prune_channels, _prune_criteria, _prune_extreme, _results, _train
 
 Part = Callable[..., dict[str, Any]]
 # A part is called with its data sets' length in a trial (else None), seeds, folder of checkpoints,
 # file stem of its plot and console; it returns tag, data, settings, figures and targets.
-PARTS: dict[str, Part] = {"criteria": _prune_criteria.run, "extreme": _prune_extreme.run}
+PARTS: dict[str, Part] = {
+    "channels": _prune_channels.run,
+    "criteria": _prune_criteria.run,
+    "extreme": _prune_extreme.run,
+}
 TRIAL = 512  # images of each part of a data set, in a trial
 
 

@@ -66,7 +66,9 @@ class Settings:
     trial: bool = False
 
 
-def _augment(max_shift: int) -> Any:
+def augment(max_shift: int) -> Any:
+    """Return the augmentation: mirrored at random, moved by up to some pixels."""
+
     def change(key: Array, images: Array) -> Array:
         shift_key, flip_key = jax.random.split(key)
         flips = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
@@ -83,7 +85,8 @@ def _decayed(tree: Tree) -> Tree:
     )
 
 
-def _optimizer(rate: float, steps: int, decay: float) -> optax.GradientTransformation:
+def optimizer(rate: float, steps: int, decay: float) -> optax.GradientTransformation:
+    """Return AdamW with a warm-up and a cosine to a hundredth of the rate."""
     warm = min(300, steps // 4)
     schedule = optax.warmup_cosine_decay_schedule(rate / 20, rate, warm, steps, rate / 100)
     return optax.adamw(schedule, weight_decay=decay, mask=_decayed)
@@ -151,24 +154,24 @@ class Run:
     def _float_step(self) -> tuple[_train.Step, Any]:
         """Return the step that trains the float network, and its optimizer."""
         settings = self.settings
-        tx = _optimizer(settings.rate, self.steps * settings.epochs, settings.weight_decay)
+        tx = optimizer(settings.rate, self.steps * settings.epochs, settings.weight_decay)
 
         def loss(params: Tree, images: Array, labels: Array, key: Array, fixed: Tree) -> Array:
             return _cross_entropy(_cnn.training_logits(params, images), labels)
 
-        return _train.make_step(loss, tx, augment=_augment(settings.max_shift)), tx
+        return _train.make_step(loss, tx, augment=augment(settings.max_shift)), tx
 
     def _recipe_step(self, recipe: _through_training.Recipe) -> tuple[_train.Step, Any]:
         """Return the step of a recipe, and its optimizer."""
         settings = self.settings
-        tx = _optimizer(recipe.rate, self.steps * recipe.epochs, settings.weight_decay)
+        tx = optimizer(recipe.rate, self.steps * recipe.epochs, settings.weight_decay)
 
         def loss(tree: Tree, images: Array, labels: Array, key: Array, fixed: Tree) -> Array:
             whole = tree | fixed
             logits = _cnn.training_logits(recipe.weights(whole), images, recipe.change(whole))
             return _cross_entropy(logits, labels) + recipe.penalty(whole)
 
-        return _train.make_step(loss, tx, augment=_augment(settings.tuning_shift)), tx
+        return _train.make_step(loss, tx, augment=augment(settings.tuning_shift)), tx
 
     def float_network(self, seed: int) -> Tree:
         """Train the float network of a seed; returns its parameters, batch norms not folded."""

@@ -90,6 +90,7 @@ def scanned_layers(params, x):
     return x @ params["head"]
 
 
+@jax.jit
 def _scattered(params, key):
     """Give every parameter values of its own, so that nothing is zero or one by chance."""
     leaves, treedef = jax.tree.flatten(params)
@@ -101,7 +102,7 @@ def _scattered(params, key):
 
 
 def _linen(model, x):
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
     return (lambda params, x: model.apply(params, x)), _scattered(params, jax.random.key(1)), x
 
 

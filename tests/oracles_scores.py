@@ -65,7 +65,7 @@ def synflow_kept(kernels, sparsity, rounds):
 
 
 def lamp(weights):
-    """Return the score of each weight, term by term; of equal weights the earlier counts as the larger."""
+    """Score each weight, term by term; of equal weights the earlier counts as the larger."""
     flat = np.abs(np.asarray(weights, np.float64)).ravel()
     scores = np.zeros(flat.size)
     for u in range(flat.size):

@@ -46,7 +46,7 @@ def is_pattern(mask, n, m):
 
 @pytest.mark.parametrize(
     ("features", "sparsity", "block"),
-    [(40, 0.5, 16), (40, 0.6, 16), (70, 0.7, 32), (40, (2, 4), 128), (540, (5, 9), 128)],
+    [(40, 0.5, 16), (40, 0.6, 16), (40, (2, 4), 128), (540, (5, 9), 128)],
 )
 def test_sparse_gpt_is_the_algorithm_of_the_paper(features, sparsity, block):
     weights, statistics = kernel_of(0, (features, 6)), correlated(1, features)
@@ -224,7 +224,7 @@ def masks_in_float64(weights, gram, sparsity):
     return kept
 
 
-@pytest.mark.parametrize(("features", "sparsity"), [(40, 0.5), (40, 0.9), (40, (2, 4)), (200, 0.7)])
+@pytest.mark.parametrize(("features", "sparsity"), [(40, 0.5), (40, 0.9), (40, (2, 4))])
 def test_obc_is_the_algorithm_of_the_paper_and_beats_sparse_gpt(features, sparsity):
     weights, statistics = kernel_of(11, (features, 6)), correlated(12, features)
     with jax.numpy_dtype_promotion("strict"):

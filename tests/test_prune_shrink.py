@@ -332,3 +332,28 @@ def test_linen_batch_statistics_may_be_closed_over():
     assert prune.shrink(apply, params, masks, jnp.ones((2, 3))).params["norm"]["scale"].shape == (
         2,
     )
+
+
+def test_training_functions_shrink_with_their_statistics_and_dropout():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            x = linen.BatchNorm(use_running_average=not train)(linen.Dense(4)(x))
+            return linen.Dense(2)(linen.Dropout(0.5, deterministic=not train)(x))
+
+    model, x = Net(), jax.random.normal(jax.random.key(0), (6, 3))
+    variables = model.init(jax.random.key(1), x, False)
+    apply = lambda variables, x: model.apply(variables, x, False)  # noqa: E731
+
+    def train(variables, x, key):
+        return model.apply(variables, x, True, rngs={"dropout": key}, mutable=["batch_stats"])
+
+    groups = prune.find_groups(apply, variables, x)
+    keep = {"params/Dense_0/kernel[1]": jnp.arange(4) > 0}
+    shrunk = prune.shrink(apply, variables, prune.unit_masks(groups, variables, keep), x)
+    small_train = prune.shrunk_apply(train, variables, shrunk.units)
+    logits, state = small_train(shrunk.params, x, jax.random.key(2))
+    assert logits.shape == (6, 2)
+    averages = state["batch_stats"]["BatchNorm_0"]["mean"]
+    _, full = train(variables, x, jax.random.key(2))
+    close(averages, full["batch_stats"]["BatchNorm_0"]["mean"][1:])

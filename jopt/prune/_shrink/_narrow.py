@@ -95,7 +95,7 @@ def _new_params(
     name, params = equation.primitive.name, dict(equation.params)
     if name == "reshape":
         params |= {"new_sizes": new_shape(outs[0], keep)}
-    elif name in ("broadcast_in_dim", "iota"):
+    elif name in ("broadcast_in_dim", "iota", "random_bits"):
         params |= {"shape": new_shape(outs[0], keep)}
     elif name == "split":
         along = params["axis"]

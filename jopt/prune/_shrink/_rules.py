@@ -97,6 +97,17 @@ def _iota(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[
     return [axes]
 
 
+def _random(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[Axes]:
+    """Let fewer numbers be drawn: others, for what is left, than before."""
+    del ins, inner
+    return [fresh(variable) for variable in equation.outvars]
+
+
+def _bitcast(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[Axes]:
+    same = len(ins[0]) == len(shape_of(equation.outvars[0]))
+    return (_elementwise if same else unknown)(equation, ins, inner)
+
+
 def _reduce(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[Axes]:
     del inner
     name, reduced = equation.primitive.name, equation.params["axes"]
@@ -287,6 +298,7 @@ ARRAY_RULES: dict[str, Rule] = {
     **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(CUMULATIVE, _cumulative),
     **dict.fromkeys(WINDOWS, _window),
+    "bitcast_convert_type": _bitcast,
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
     "conv_general_dilated": _conv,
@@ -298,6 +310,7 @@ ARRAY_RULES: dict[str, Rule] = {
     "iota": _iota,
     "optimization_barrier": _tuple,
     "pad": _pad,
+    "random_bits": _random,
     "reshape": _reshape,
     "rev": _rev,
     "slice": _slice,

@@ -57,7 +57,9 @@ def shrunk_apply(apply: Apply, like: Any, units: Units) -> Apply:
 
     It runs the operations of `apply` on smaller arrays: `apply` is traced with parameters of the
     original shapes, and the sizes in the trace are taken anew. Modules that know their widths need
-    not be built again. Numbers computed from widths (the divisor of a mean, the scale of attention)
+    not be built again. It may be another function of the same parameters than the one that was
+    shrunk, the training step's with its batch statistics: what it returns shrinks as well, where it
+    holds units. Numbers computed from widths (the divisor of a mean, the scale of attention)
     stay those of the original network, and so do its outputs.
 
     Args:
@@ -87,7 +89,7 @@ def shrunk_apply(apply: Apply, like: Any, units: Units) -> Apply:
 
     @jax.jit
     def small_apply(params: Any, *args: Any) -> Any:
-        found = trace(apply, shapes, args)
+        found = trace(apply, shapes, args, same_outputs=False)
         named, _ = groups_of(found)
         keep = _keep(named, units)
         _refuse_other_shapes(found, params, keep)
@@ -206,20 +208,25 @@ def shrink(apply: Apply, params: Any, masks: Any, *args: Any, tolerance: float =
       >>> shrunk.removed
       {'v': {0: array([1])}, 'w': {1: array([1])}}
     """
-    masked = apply_masks(params, masks)
+    jax.eval_shape(apply_masks, params, masks)
     found = trace(apply, params, args)
     named, groups = groups_of(found)
-    paths, parts, treedef = flatten_with_paths(masked)
+    paths, parts, treedef = flatten_with_paths(params)
     by_path = dict(zip(paths, jax.tree.leaves(masks), strict=True))
     _refuse_unknown(found, by_path)
     shapes = {path: part.shape for path, part in zip(paths, parts, strict=True)}
     units = {name: _living(group, by_path, shapes) for name, group in groups.groups.items()}
     units = {name: alive for name, alive in units.items() if not alive.all()}
     keep = _keep(named, units)
-    small = jax.tree.unflatten(
-        treedef,
-        [narrowed(part, axes, keep) for part, axes in zip(parts, found.axes, strict=True)],
-    )
+
+    @jax.jit
+    def cut(params: Any, masks: Any) -> tuple[Any, Any]:
+        masked = apply_masks(params, masks)
+        pairs = zip(flatten_with_paths(masked)[1], found.axes, strict=True)
+        small = [narrowed(part, axes, keep) for part, axes in pairs]
+        return masked, jax.tree.unflatten(treedef, small)
+
+    masked, small = cut(params, masks)
     small_apply = shrunk_apply(apply, params, units)
     _refuse_different(jax.jit(apply)(masked, *args), small_apply(small, *args), tolerance)
     removed = _removed(found, keep)
@@ -242,4 +249,4 @@ def _narrower(params: Any, removed: dict[str, dict[int, np.ndarray]]) -> Callabl
                     leaf = jnp.take(leaf, stays, axis=axis)
         return leaf
 
-    return lambda tree: map_matching(cut, tree, shapes)
+    return jax.jit(lambda tree: map_matching(cut, tree, shapes))

@@ -42,13 +42,14 @@ def as_shape(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def trace(apply: Apply, params: Any, args: tuple[Any, ...]) -> Trace:
+def trace(apply: Apply, params: Any, args: tuple[Any, ...], same_outputs: bool = True) -> Trace:
     """Trace a function and find the axes of all its arrays; nothing is computed.
 
     Args:
       apply: `(params, *args) -> outputs`.
       params: arrays or shapes.
       args: arrays or shapes.
+      same_outputs: whether the outputs keep their shapes.
 
     Raises:
       TypeError: `apply` is not callable.
@@ -69,7 +70,8 @@ def trace(apply: Apply, params: Any, args: tuple[Any, ...]) -> Trace:
         inputs += own
     inputs += _input_axes(args, "it belongs to an argument of apply")
     frame, outs = infer(closed.jaxpr, closed.consts, inputs)
-    lock([axis for out in outs for axis in out], "it belongs to an output of apply")
+    if same_outputs:
+        lock([axis for out in outs for axis in out], "it belongs to an output of apply")
     masked = {id(own) for own in axes}  # all others may hold anything at removed units
     zeros(frame, [zero_leaves(own) if id(own) in masked else frozenset() for own in inputs])
     return Trace(frame, paths, axes, places, jax.tree.structure(out_shapes))

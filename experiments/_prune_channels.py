@@ -1,0 +1,355 @@
+"""Channels that really go: a network on Fashion-MNIST with a quarter of its multiply-adds.
+
+The dense network is that of `experiments.quantize_images`. The groups of coupled channels are found
+in the program of its training step; a criterion scores the units of every group, each group's
+scores are divided by their mean, and the lowest go until the multiply-adds fit. What is left is
+shrunk at once, so that fine-tuning (with the dense network as teacher) runs on small arrays; batch
+norms are re-estimated and folded, and the folded network is timed against the dense one.
+
+The criterion that is reported on is chosen by validation images.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import jopt
+from experiments import (
+    _checkpoint,
+    _cnn,
+    _data,
+    _models,
+    _results,
+    _timing,
+    _train,
+    quantize_images,
+)
+from jopt import distill, layers, prune
+
+Tree = Any
+EXAMPLES = 1024
+FEWER = 4.0  # times fewer multiply-adds
+LOST = 0.005  # accuracy that this may cost
+FASTER = 2.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the outcome, written into the results."""
+
+    dataset: str = "fashion_mnist"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch: int = 128
+    epochs: int = 8
+    rate: float = 2e-3
+    weight_decay: float = 1e-2
+    max_shift: int = 1
+    temperature: float = 4.0
+    soft_weight: float = 0.9
+    repeats: int = 200
+
+
+def _batch_norm_scales(run: "Run", params: Tree) -> Tree:
+    del run
+    return prune.batch_norm_scale_scores(params)
+
+
+def _taylor(run: "Run", params: Tree) -> Tree:
+    images, labels = run.examples()
+
+    def loss(params: Tree) -> Array:
+        logits = _cnn.training_logits(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return prune.saliency_scores(params, jax.jit(jax.grad(loss))(params))
+
+
+def _random(run: "Run", params: Tree) -> Tree:
+    del run
+    return prune.random_scores(jax.random.key(0), params)
+
+
+SCALES = ".*_norm/scale"
+# Scores of weights, and which parameters count in the score of a unit.
+CRITERIA: dict[str, tuple[Callable[["Run", Tree], Tree], Any]] = {
+    "random": (_random, jopt.is_kernel),
+    "magnitude": (lambda run, params: prune.magnitude_scores(params), jopt.is_kernel),
+    "Taylor": (_taylor, jopt.is_kernel),
+    "geometric median": (
+        lambda run, params: _spread(prune.fpgm_scores(params), params),
+        ".*kernel",
+    ),
+    "batch-norm scale": (_batch_norm_scales, SCALES),
+}
+
+
+def _spread(scores: Tree, params: Tree) -> Tree:
+    """Give every weight the score of its filter."""
+    return jax.tree.map(lambda score, leaf: jnp.broadcast_to(score, leaf.shape), scores, params)
+
+
+def eval_images(count: int) -> Array:
+    """Return images of zeros, of which only the shape matters."""
+    return jnp.zeros((count, *_cnn.SHAPE))
+
+
+class Run:
+    """The data, the dense networks, and the steps that train small ones."""
+
+    def __init__(self, settings: Settings, data: _data.Dataset, work: Path, say: Any) -> None:
+        """Put the data on the device."""
+        self.settings, self.say = settings, say
+        dense = quantize_images.Settings(dataset=settings.dataset, seeds=settings.seeds)
+        if settings.epochs == 1:
+            dense = quantize_images.smoke(dense)
+        self.dense = quantize_images.Run(dense, data, _data.CACHE / "quantize_images", say)
+        self.train, self.validation, self.test = (
+            self.dense.train,
+            self.dense.validation,
+            self.dense.test,
+        )
+        about = json.dumps([jopt.__version__, dataclasses.asdict(settings), data.source])
+        self.work = work / hashlib.sha256(about.encode()).hexdigest()[:12]
+
+    def examples(self) -> tuple[Array, Array]:
+        """Return the images and labels that scores are taken from."""
+        images, labels = self.train
+        return _train.normalize(images[:EXAMPLES]), labels[:EXAMPLES]
+
+    def masks(self, params: Tree, criterion: str) -> Tree:
+        """Return the masks of the units that a criterion removes."""
+        images, _ = self.examples()
+        groups = prune.find_groups(_cnn.training_logits, params, images[:2])
+        score, where = CRITERIA[criterion]
+        scores = prune.unit_scores(groups, score(self, params), where)
+        scores = {name: each / jnp.mean(each) for name, each in scores.items()}
+        # Counted where every product is a convolution or a dot of the usual kind.
+        counts = prune.multiply_adds(
+            partial(_cnn.training_logits, network=_cnn.traced_normed), params, eval_images(1)
+        )
+
+        def masks(sparsity: float) -> Tree:
+            keep = prune.global_topk_masks(scores, sparsity, ".*", min_kept=4)
+            return prune.unit_masks(groups, params, keep)
+
+        budget = counts.total / FEWER
+        cost = partial(prune.kept_multiply_adds, counts)
+        return prune.masks_to_budget(masks, cost, budget).masks
+
+    def tune(self, criterion: str, params: Tree, shrunk: prune.Shrunk, seed: int) -> Tree:
+        """Fine-tune the small network with the dense one as its teacher."""
+        settings = self.settings
+        images, labels = self.train
+        epoch = max(1, len(labels) // settings.batch)
+        tx = quantize_images.optimizer(
+            settings.rate, epoch * settings.epochs, settings.weight_decay
+        )
+
+        def loss(small: Tree, images: Array, labels: Array, key: Array, teacher: Tree) -> Array:
+            soft = _cnn.training_logits(teacher, images)
+            logits = shrunk.apply(small, images)
+            return distill.distillation_loss(
+                logits, soft, labels, settings.temperature, settings.soft_weight
+            ).mean()
+
+        file = self.work / f"{criterion.replace(' ', '-')}-{seed}.ckpt"
+        restored = _checkpoint.restore(file, shrunk.params)
+        if restored is not None:
+            return restored
+        step = _train.make_step(loss, tx, augment=quantize_images.augment(settings.max_shift))
+        key = jax.random.fold_in(jax.random.key(seed), 5)
+        carry = _train.start(shrunk.params, tx, key)
+        for number in range(settings.epochs):
+            order = _train.epoch_order(jax.random.fold_in(key, number), len(labels), settings.batch)
+            carry, losses = _train.run_epoch(step, carry, images, labels, order, params)
+            self.say(f"{file.stem}: epoch {number + 1}, loss {float(losses.mean()):.4f}")
+        _checkpoint.save(file, carry.params)
+        return carry.params
+
+    def averages(self, params: Tree, shrunk: prune.Shrunk, small: Tree) -> Tree:
+        """Take the batch norms' averages of the small network anew."""
+
+        def update(variables: Tree, images: Array) -> Tree:
+            out = _cnn.normed.apply(variables, images, True, mutable=["batch_stats"])
+            return out[1]["batch_stats"]
+
+        stats = _cnn.fresh_averages(params)
+        like = {"params": params, "batch_stats": stats}
+        units = {f"params/{name}": stays for name, stays in shrunk.units.items()}
+        small_update = prune.shrunk_apply(update, like, units)
+        images = _train.normalize(self.train[0][:4096])
+        batches = [images[at : at + 512] for at in range(0, len(images), 512)]
+        return layers.reestimate_batch_norm(
+            lambda params, stats, x: small_update({"params": params, "batch_stats": stats}, x),
+            small,
+            _cnn.fresh_averages(small),
+            batches,
+        )
+
+
+def measure(run: Run, criterion: str, seed: int) -> tuple[dict[str, Any], Any]:
+    """Prune, tune, fold and score one network; returns its row, and what is needed to run it."""
+    params = run.dense.float_network(seed)
+    dense = _cnn.fold(params, run.dense.estimated(params, _models.unchanged_inputs))
+    masks = run.masks(params, criterion)
+    images, _ = run.examples()
+    shrunk = prune.shrink(_cnn.training_logits, params, masks, images[:64], tolerance=1e-3)
+    small = run.tune(criterion, params, shrunk, seed)
+    small = _cnn.fold(small, run.averages(params, shrunk, small))
+    apply = prune.shrunk_apply(_cnn.folded_logits, dense, shrunk.units)
+    before, after = (
+        prune.multiply_adds(function, tree, eval_images(1)).total
+        for function, tree in (
+            (_cnn.traced_logits, dense),
+            (prune.shrunk_apply(_cnn.traced_logits, dense, shrunk.units), small),
+        )
+    )
+    row = {
+        "criterion": criterion,
+        "seed": seed,
+        "units": {name: f"{stays.sum()} of {len(stays)}" for name, stays in shrunk.units.items()},
+        "parameters": [sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (dense, small)],
+        "multiply_adds": [before, after],
+        "validation": [
+            round(1 - _train.error_rate(function, tree, *run.validation), 6)
+            for function, tree in ((_cnn.folded_logits, dense), (apply, small))
+        ],
+        "test": [
+            round(1 - _train.error_rate(function, tree, *run.test), 6)
+            for function, tree in ((_cnn.folded_logits, dense), (apply, small))
+        ],
+    }
+    return row, (dense, small, apply)
+
+
+def latencies(run: Run, networks: Any) -> dict[str, dict[str, float]]:
+    """Time the dense and the shrunk network, in turns, at batch 1 and 64."""
+    dense, small, apply = networks
+    whole = jax.jit(_cnn.folded_logits)
+    found = {}
+    for batch in (1, 64):
+        images = _train.normalize(run.test[0][:batch])
+        rows = _timing.interleaved(
+            {
+                "dense": lambda images=images: whole(dense, images),
+                "shrunk": lambda images=images: apply(small, images),
+            },
+            run.settings.repeats,
+        )
+        found[str(batch)] = {
+            "dense_ms": round(1e3 * rows["dense"]["median_s"], 4),
+            "shrunk_ms": round(1e3 * rows["shrunk"]["median_s"], 4),
+            "faster": round(rows["dense"]["median_s"] / rows["shrunk"]["median_s"], 3),
+        }
+    return found
+
+
+def joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the rows of the seeds by criterion."""
+    found = []
+    for criterion in dict.fromkeys(row["criterion"] for row in rows):
+        own = [row for row in rows if row["criterion"] == criterion]
+        lost = {
+            part: [round(row[part][0] - row[part][1], 6) for row in own]
+            for part in ("validation", "test")
+        }
+        found.append(
+            {
+                "criterion": criterion,
+                "seeds": own,
+                "mean_validation_lost": round(float(np.mean(lost["validation"])), 6),
+                "mean_test_lost": round(float(np.mean(lost["test"])), 6),
+                "spread_test_lost": round(max(lost["test"]) - min(lost["test"]), 6),
+                "fewer_multiply_adds": round(
+                    min(row["multiply_adds"][0] / row["multiply_adds"][1] for row in own), 3
+                ),
+            }
+        )
+    return found
+
+
+def table(figures: dict[str, Any], console: Console) -> None:
+    """Print every criterion, and the latencies of the chosen one."""
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    found.add_column("criterion", no_wrap=True)
+    for name in ("fewer multiply-adds", "dense test", "shrunk test", "lost", "spread"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for row in figures["criteria"]:
+        means = np.mean([each["test"] for each in row["seeds"]], 0)
+        found.add_row(
+            row["criterion"] + (" *" if row["criterion"] == figures["chosen"] else ""),
+            f"{row['fewer_multiply_adds']:.2f}x",
+            f"{means[0]:.2%}",
+            f"{means[1]:.2%}",
+            f"{100 * row['mean_test_lost']:.2f}",
+            f"{100 * row['spread_test_lost']:.2f}",
+        )
+    console.print(found)
+    for batch, row in figures["latency"].items():
+        console.print(
+            f"batch {batch}: {row['dense_ms']:.3f} ms dense, {row['shrunk_ms']:.3f} ms shrunk, "
+            f"{row['faster']:.2f}x faster"
+        )
+
+
+def run(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    plot: Callable[[str], Path],
+    console: Console,
+) -> dict[str, Any]:
+    """Run or resume the part; returns its tag, data, settings, figures and targets."""
+    del plot
+    settings = Settings(dataset=dataset or "fashion_mnist", seeds=seeds)
+    try:
+        data = _data.load(settings.dataset)
+    except _data.DataUnavailable as problem:
+        raise SystemExit(str(problem)) from None
+    if data.note:
+        console.print(data.note)
+    criteria = list(CRITERIA)
+    if head is not None:
+        settings = dataclasses.replace(settings, epochs=1, repeats=3)
+        data, criteria = _data.head(data, head), criteria[1:2]
+    each = Run(settings, data, work, console.print)
+    rows, networks = [], {}
+    for criterion in criteria:
+        for seed in seeds:
+            row, networks[criterion, seed] = measure(each, criterion, seed)
+            rows.append(row)
+    found = joined(rows)
+    best = min(found, key=lambda row: row["mean_validation_lost"])
+    latency = latencies(each, networks[best["criterion"], seeds[0]])
+    figures = {"criteria": found, "chosen": best["criterion"], "latency": latency}
+    tag = "" if data.tag == "fashion_mnist" else data.tag
+    targets = [
+        _results.target("fewer multiply-adds, times", best["fewer_multiply_adds"], FEWER, "higher"),
+        _results.target("test accuracy lost", best["mean_test_lost"], LOST, "lower"),
+        *(
+            _results.target(f"faster at batch {batch}, times", row["faster"], FASTER, "higher")
+            for batch, row in latency.items()
+        ),
+    ]
+    table(figures, console)
+    return {
+        "tag": tag,
+        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "settings": dataclasses.asdict(settings) | {"examples": EXAMPLES},
+        "figures": figures,
+        "targets": [] if tag else targets,
+    }
