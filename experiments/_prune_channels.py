@@ -147,7 +147,7 @@ class Run:
 
         budget = counts.total / FEWER
         cost = partial(prune.kept_multiply_adds, counts)
-        return prune.masks_to_budget(masks, cost, budget).masks
+        return prune.masks_to_budget(masks, cost, budget, limits=(0.0, 0.95)).masks
 
     def tune(self, criterion: str, params: Tree, shrunk: prune.Shrunk, seed: int) -> Tree:
         """Fine-tune the small network with the dense one as its teacher."""
@@ -173,7 +173,8 @@ class Run:
         key = jax.random.fold_in(jax.random.key(seed), 5)
         carry = _train.start(shrunk.params, tx, key)
         for number in range(settings.epochs):
-            order = _train.epoch_order(jax.random.fold_in(key, number), len(labels), settings.batch)
+            batch = min(settings.batch, len(labels))
+            order = _train.epoch_order(jax.random.fold_in(key, number), len(labels), batch)
             carry, losses = _train.run_epoch(step, carry, images, labels, order, params)
             self.say(f"{file.stem}: epoch {number + 1}, loss {float(losses.mean()):.4f}")
         _checkpoint.save(file, carry.params)
@@ -324,7 +325,7 @@ def run(
         console.print(data.note)
     criteria = list(CRITERIA)
     if head is not None:
-        settings = dataclasses.replace(settings, epochs=1, repeats=3)
+        settings = dataclasses.replace(settings, epochs=1, repeats=3, batch=8)
         data, criteria = _data.head(data, head), criteria[1:2]
     each = Run(settings, data, work, console.print)
     rows, networks = [], {}

@@ -154,7 +154,7 @@ class Run:
 
     def adam(self, rate: float, epochs: int) -> optax.GradientTransformation:
         """Return Adam with a short warm-up and a cosine to a hundredth of the rate."""
-        total = self.epoch * epochs
+        total = max(2, self.epoch * epochs)
         warm = min(200, max(1, total // 10))
         return optax.adam(
             optax.warmup_cosine_decay_schedule(rate / 20, rate, warm, total, rate / 100)
@@ -343,6 +343,9 @@ ROWS: dict[tuple[str, str], Make] = {
 }
 
 
+TRIED = (("once", "SparseGPT"), ("gradual", "movement"), ("scratch", "RigL"))  # in a trial
+
+
 def _accuracy(run: Run, params: Tree, part: Any) -> float:
     return round(1 - run.network.error(params, run.train[0][:4096], part), 6)
 
@@ -353,7 +356,8 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
     done = json.loads(file.read_text()) if file.exists() else {}
     dense = run.dense(seed)
     wanted = [("dense", "", 0.0)]
-    wanted += [(*row, level) for level in run.settings.levels for row in ROWS]
+    rows = TRIED if len(run.settings.levels) == 1 else tuple(ROWS)
+    wanted += [(*row, level) for level in run.settings.levels for row in rows]
     for how, criterion, level in wanted:
         name = f"{how} {criterion} {level}"
         if name in done:
@@ -380,7 +384,7 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
 def smoke(settings: Settings) -> Settings:
     """Shorten everything to an epoch of what little data there then is."""
     dense = dict.fromkeys(settings.dense, 1)
-    return dataclasses.replace(settings, dense=dense, after=1, levels=(0.9,))
+    return dataclasses.replace(settings, dense=dense, after=1, levels=(0.9,), batch=8)
 
 
 def run(
@@ -412,7 +416,7 @@ def run(
         }
         tags.add("" if data.tag == network.dataset else data.tag)
     tag = "-".join(sorted(tags - {""}))
-    targets = [] if tag else _prune_criteria_report.targets(rows)
+    targets = _prune_criteria_report.targets(rows) if head is None and not tag else []
     _prune_criteria_report.plot(rows, plot(tag))
     _prune_criteria_report.table(rows, targets, console)
     return {

@@ -211,8 +211,9 @@ def random_shift(key: Array, images: Array, max_shift: int) -> Array:
 @contextmanager
 def quick_compilation() -> Iterator[None]:
     """Compile without optimizing: a trial of a few steps does little else than compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)

@@ -1,4 +1,4 @@
-"""What holds for every test: no silent rank promotion, the same models, eager and jitted."""
+"""What holds for every test: no silent rank promotion, quick compilation, the same models."""
 
 import flax.linen as linen
 import jax
@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # tests compile far more than they run
 settings.register_profile("jopt", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("jopt")
 
@@ -36,6 +37,13 @@ class NnxNet(nnx.Module):
         hidden = nnx.relu(self.conv(images))
         hidden = self.norm(hidden.reshape(hidden.shape[0], -1))
         return self.head(nnx.relu(self.hidden(hidden)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_forgotten():
+    """Let go of what a file's tests compiled: thousands of programs exhaust a process's maps."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_scan_over_stacked_compressed_layers_equals_a_loop():
     looped = start
     for index in range(3):
         looped, _ = layer(looped, jax.tree.map(lambda array, i=index: array[i], stacked))
-    chex.assert_trees_all_close(scanned, looped, rtol=1e-6)
+    chex.assert_trees_all_close(scanned, looped, rtol=1e-5)
 
 
 def test_compressed_leaves_survive_flax_serialization():

@@ -7,7 +7,16 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import _data, _prune_extreme, _results, _stages, prune_images
+from experiments import (
+    _data,
+    _prune_criteria,
+    _prune_extreme,
+    _results,
+    _stages,
+    _train,
+    bench_shrink,
+    prune_images,
+)
 from jopt import prune
 from tests import tiny_tfds
 
@@ -78,3 +87,37 @@ def test_a_part_is_replaced_without_losing_the_others():
     )
     named = {each["target"]: (each["value"], each["met"]) for each in results["targets"]}
     assert named == {"first: error": (0.25, True), "second: error": (0.5, True)}
+
+
+def test_every_way_of_pruning_and_channels_run_on_little_data(tmp_path, monkeypatch):
+    tiny_tfds.write(tmp_path / "tfds", "tiny_digits")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(_data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(
+        _prune_criteria, "NETWORKS", {"cnn": _prune_criteria.NETWORKS["cnn"]}
+    )  # LeNet-5 takes the same ways
+    monkeypatch.setattr(_prune_criteria, "TRIED", _prune_criteria.TRIED[1:])
+    out = tmp_path / "out"
+    arguments = ["--only", "criteria", "channels", "--dataset", "tiny_digits", "--smoke"]
+    prune_images.main([*arguments, "--out", str(out)])
+    (file,) = out.glob("*.json")
+    figures = json.loads(file.read_text())["figures"]
+    for rows in figures["criteria"].values():
+        dense, *pruned = rows
+        assert dense["sparsity"] == [0.0] and len(pruned) == len(_prune_criteria.TRIED)
+        for row in pruned:
+            np.testing.assert_allclose(row["sparsity"], 0.9, atol=2e-3)
+    (channels,) = figures["channels"]["criteria"]
+    (row,) = channels["seeds"]
+    assert row["multiply_adds"][1] <= row["multiply_adds"][0] / 4
+    assert row["parameters"][1] < row["parameters"][0] / 2
+    assert set(figures["channels"]["latency"]) == {"1", "64"}
+    assert len(list(out.glob("*-criteria.png"))) == 1
+
+
+def test_networks_are_shrunk_and_timed(tmp_path):
+    with _train.quick_compilation():
+        bench_shrink.main(["--smoke", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "bench_shrink-smoke.json").read_text())["figures"].values()
+    assert row["parameters"][1] < row["parameters"][0] / 3
+    assert row["largest_difference"] < 1e-4 * row["largest_output"]

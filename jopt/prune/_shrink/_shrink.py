@@ -161,7 +161,7 @@ def _refuse_different(masked: Any, small: Any, tolerance: float) -> None:
         else:
             wide = np.float64
             difference = float(np.max(np.abs(one.astype(wide) - other.astype(wide)), initial=0.0))
-            allowed = tolerance * max(1.0, float(np.max(np.abs(one.astype(wide)), initial=0.0)))
+            allowed = tolerance * float(np.max(np.abs(one.astype(wide)), initial=0.0))
         if not difference <= allowed:
             raise ValueError(
                 f"output {number} of the shrunk network differs from the masked network's by "
@@ -183,8 +183,7 @@ def shrink(apply: Apply, params: Any, masks: Any, *args: Any, tolerance: float =
       params: the tree of parameters: a linen dict, an `nnx.State`, any pytree.
       masks: a tree of booleans like params, True keeps.
       *args: a batch to prove it on.
-      tolerance: the largest difference of an output allowed, as a share of the largest output or
-        of 1, whichever is larger.
+      tolerance: the largest difference allowed, as a share of the largest output.
 
     Returns:
       `Shrunk`: smaller parameters, the function that runs them, the indices removed, and `narrow`,

@@ -1,0 +1,125 @@
+"""Networks that people use, in Flax linen, with the layers and widths of the published ones."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+# Kernel, stride, expansion, outputs, repeats: the seven stages of EfficientNet-Lite0.
+_STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet without squeeze-and-excite and with ReLU6: 4.65 million parameters.
+
+    Images are (batch, height, width, 3). Batch statistics are in `batch_stats`.
+    """
+
+    num_classes: int = 1000
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Map images to logits."""
+
+        def norm(x: Array, name: str) -> Array:
+            return nn.BatchNorm(not train, momentum=0.99, epsilon=1e-3, name=name)(x)
+
+        def conv(x: Array, features: int, size: int, stride: int, groups: int, name: str) -> Array:
+            return nn.Conv(
+                features,
+                (size, size),
+                (stride, stride),
+                feature_group_count=groups,
+                use_bias=False,
+                name=name,
+            )(x)
+
+        x = nn.relu6(norm(conv(x, 32, 3, 2, 1, "stem"), "stem_norm"))
+        number = 0
+        for size, stride, expansion, features, repeats in _STAGES:
+            for repeat in range(repeats):
+                name, inputs, y = f"block{number}", x.shape[-1], x
+                if expansion > 1:
+                    y = conv(y, expansion * inputs, 1, 1, 1, f"{name}_expand")
+                    y = nn.relu6(norm(y, f"{name}_expand_norm"))
+                step, width = (stride if repeat == 0 else 1), y.shape[-1]
+                y = conv(y, width, size, step, width, f"{name}_depthwise")
+                y = nn.relu6(norm(y, f"{name}_depthwise_norm"))
+                y = norm(conv(y, features, 1, 1, 1, f"{name}_project"), f"{name}_project_norm")
+                x = x + y if step == 1 and inputs == features else y
+                number += 1
+        x = nn.relu6(norm(conv(x, 1280, 1, 1, 1, "head"), "head_norm"))
+        return nn.Dense(self.num_classes, name="classifier")(x.mean((1, 2)))
+
+
+class BertEncoder(nn.Module):
+    """BERT's encoder with the widths of MiniLM-L6: 22.6 million parameters.
+
+    Token ids are (batch, length); returns (batch, length, width).
+    """
+
+    vocabulary: int = 30522
+    positions: int = 512
+    layers: int = 6
+    width: int = 384
+    heads: int = 12
+    hidden: int = 1536
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        """Encode tokens."""
+
+        def norm(x: Array, name: str) -> Array:
+            return nn.LayerNorm(epsilon=1e-12, name=name)(x)
+
+        x = nn.Embed(self.vocabulary, self.width, name="words")(ids)
+        x = x + nn.Embed(self.positions, self.width, name="places")(jnp.arange(ids.shape[1]))[None]
+        x = x + nn.Embed(2, self.width, name="segments")(jnp.zeros_like(ids))
+        x = norm(x, "norm")
+        for number in range(self.layers):
+            name = f"layer{number}"
+            attention = nn.MultiHeadDotProductAttention(self.heads, name=f"{name}_attention")
+            x = norm(x + attention(x), f"{name}_attention_norm")
+            y = nn.gelu(nn.Dense(self.hidden, name=f"{name}_up")(x), approximate=False)
+            x = norm(x + nn.Dense(self.width, name=f"{name}_down")(y), f"{name}_norm")
+        return x
+
+
+class ResNet(nn.Module):
+    """The residual network of He et al. for small images, by default of 20 layers.
+
+    Shortcuts of blocks that change shape drop pixels and pad channels with zeros, as in the paper
+    (its option A): 0.27 million parameters.
+    """
+
+    num_classes: int = 10
+    widths: Sequence[int] = (16, 32, 64)
+    blocks: int = 3
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Map images (batch, height, width, channel) to logits."""
+
+        def conv(x: Array, features: int, stride: int, name: str) -> Array:
+            conv = nn.Conv(features, (3, 3), (stride, stride), use_bias=False, name=name)
+            return nn.BatchNorm(not train, momentum=0.9, name=f"{name}_norm")(conv(x))
+
+        x = nn.relu(conv(x, self.widths[0], 1, "stem"))
+        for stage, features in enumerate(self.widths):
+            for block in range(self.blocks):
+                name, stride = f"block{stage}_{block}", 2 if stage and not block else 1
+                y = nn.relu(conv(x, features, stride, f"{name}_first"))
+                y = conv(y, features, 1, f"{name}_second")
+                more = features - x.shape[-1]
+                x = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, more)))
+                x = nn.relu(x + y)
+        return nn.Dense(self.num_classes, name="classifier")(x.mean((1, 2)))
