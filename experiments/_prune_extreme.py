@@ -131,7 +131,7 @@ class Run:
     ) -> None:
         """Put what every network needs in place."""
         self.settings, self.data, self.seed = settings, data, seed
-        validation = tuple(map(jnp.asarray, data.validation))
+        validation = jnp.asarray(data.validation[0]), jnp.asarray(data.validation[1])
         key = jax.random.key(seed)
         self.trainer = _stages.Trainer(
             work / f"seed-{seed}", key, validation, progress, settings.batch

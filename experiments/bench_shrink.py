@@ -110,7 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     figures = {}
     for name, make in networks(options.smoke).items():
-        row = figures[name] = measure(*make(), 2 if options.smoke else options.repeats)
+        apply, variables, x = make()
+        repeats = 2 if options.smoke else options.repeats
+        row = figures[name] = measure(apply, variables, x, repeats)
         print(
             f"{name}: {row['groups']} groups, parameters {row['parameters'][0]:,} -> "
             f"{row['parameters'][1]:,}, {row['fewer_multiply_adds']:.2f}x fewer multiply-adds, "

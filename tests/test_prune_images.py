@@ -1,6 +1,7 @@
 """The pruning experiment runs, resumes, counts what is left, and keeps its parts apart."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,10 @@ def test_extreme_runs_resumes_and_keeps_what_it_promises(tmp_path, monkeypatch):
 def test_a_recipe_ends_with_exactly_the_weights_that_it_names():
     recipe = _prune_extreme.Recipe(7, 0.0, 1, 3, 1, rate=1e-2, decay=0.1, power=4)
     rng = np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(rng.normal(size=(9, 11)), jnp.float32), "bias": jnp.ones(5)}
+    params: Any = {
+        "kernel": jnp.asarray(rng.normal(size=(9, 11)), jnp.float32),
+        "bias": jnp.ones(5),
+    }
     tx = _prune_extreme.pruning(recipe, 104, epoch=8, every=3)
     state, levels = tx.init(params), []
     for _ in range(5 * 8):

@@ -168,9 +168,9 @@ def bind(
       Its outputs.
     """
     bound = equation.primitive.get_bind_params(equation.params if params is None else params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
+    functions, named = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
     with equation.ctx.manager:
-        out = equation.primitive.bind(*functions, *values, **params)
+        out = equation.primitive.bind(*functions, *values, **named)
     return list(out) if equation.primitive.multiple_results else [out]
 
 

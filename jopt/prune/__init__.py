@@ -1,7 +1,22 @@
 """Pruning: scores say what matters, masks say what stays, optax transforms hold it.
 
 `topk_masks(magnitude_scores(params), 0.9)` gives masks, `apply_masks` sets the rest to zero,
-`keep_masked` keeps it at zero in fine-tuning, `prune_gradually` prunes while training.
+`keep_masked` keeps it at zero in fine-tuning, `prune_gradually` prunes while training. A score is a
+tree like the parameters, higher keeps; a mask is a tree of booleans that broadcast against them,
+True keeps. Every score goes with every way of making masks, and these with every transform.
+
+- Scores: of the weights (`magnitude_scores`, `lamp_scores`, `filter_norm_scores`, `fpgm_scores`,
+  `batch_norm_scale_scores`), of a batch (`saliency_scores`, `snip_scores`, `grasp_scores`,
+  `synflow_scores`, `taylor_scores`, `fisher_scores`), of the inputs of layers (`wanda_scores`,
+  `activity`), of a whole training (a `Criterion`: `movement`, `fisher`, `saliency`).
+- Masks: `topk_masks`, `global_topk_masks`, `output_topk_masks`, `n_m_masks`, `block_topk_masks`.
+- Budgets: `uniform_sparsities`, `erdos_renyi_sparsities`, `sensitivity_sparsities`;
+  `masks_to_budget` for a number of parameters, of multiply-adds, of bytes.
+- While training: `sparse_training` with `gradual`, `set_rule` or `rigl`; `network_surgery`; learned
+  masks (`str_params`, `l0_params`, `variational_params`, `movement_params`); rewinding (`remember`,
+  `iterative_pruning`).
+- Once, with second order: `sparse_gpt`, `obc`, `reconstruct`, `prune_calibrated_params`.
+- Networks that really shrink: `find_groups`, `unit_scores`, `unit_masks`, `shrink`.
 """
 
 from jopt.prune._activity import Activity, activity, channel_scores

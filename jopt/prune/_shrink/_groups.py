@@ -201,10 +201,13 @@ def _refuse_bad_units(groups: Groups, keep: Mapping[str, Any], at_least: int) ->
                 f"keep[{name!r}] must be {size} booleans, not {jnp.result_type(stays)}"
                 f"{list(jnp.shape(stays))}."
             )
-        if not isinstance(stays, jax.core.Tracer) and int(np.sum(np.asarray(stays))) < at_least:
+        try:
+            left = int(np.count_nonzero(stays))
+        except jax.errors.TracerArrayConversionError:  # chosen under jit
+            continue
+        if left < at_least:
             raise ValueError(
-                f"keep[{name!r}] leaves {int(np.sum(np.asarray(stays)))} of {size} units; "
-                f"at_least={at_least} must stay."
+                f"keep[{name!r}] leaves {left} of {size} units; at_least={at_least} must stay."
             )
 
 

@@ -185,7 +185,8 @@ def _empty(equation: core.JaxprEqn, values: list[Any], outs: list[Axes], keep: K
     """Return the zeros that a convolution without channels or outputs amounts to, or None."""
     if equation.primitive.name != "conv_general_dilated" or all(np.size(v) for v in values):
         return None
-    return jnp.zeros(new_shape(outs[0], keep), equation.outvars[0].aval.dtype)
+    aval: Any = equation.outvars[0].aval
+    return jnp.zeros(new_shape(outs[0], keep), aval.dtype)
 
 
 def run(frame: Frame, values: Sequence[Any], keep: Keep) -> list[Any]:

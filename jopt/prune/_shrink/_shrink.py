@@ -16,7 +16,7 @@ from jopt.prune._shrink._groups import Group, groups_of
 from jopt.prune._shrink._narrow import narrowed, run
 from jopt.prune._shrink._trace import Apply, Trace, as_shape, trace
 
-Units = Mapping[str, np.ndarray]
+Units = Mapping[str, Any]  # by group which units stay: booleans
 
 
 class Shrunk(NamedTuple):
