@@ -59,15 +59,11 @@ def rows(smoke: bool, rounds: int) -> dict[str, Any]:
             if not exact:
                 raise SystemExit(f"{n}:{m} along axis {axis}: the masks differ.")
             sides["one comparison, the least work"] = partial(_positive, scores)
-            sides["one comparison, the least work"]()
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for _ in range(3 * rounds):
-                for name, side in sides.items():
-                    seconds[name].append(_timing.timed(side))
-            medians = {name: float(np.median(times)) for name, times in seconds.items()}
+            timed = _timing.interleaved(sides, 3 * rounds)
+            medians = {name: row["median_s"] for name, row in timed.items()}
             figures[f"{n}:{m} along axis {axis}"] = {
                 "median_s": medians,
-                "min_s": {name: min(times) for name, times in seconds.items()},
+                "min_s": {name: row["min_s"] for name, row in timed.items()},
                 "times_faster": {name: t / medians["jopt"] for name, t in medians.items()},
             }
     return figures | {"targets": []}

@@ -4,6 +4,8 @@ A checkpoint is one file of plain arrays, written whole or not at all. It is rea
 template of the same structure, so nothing in it is executed.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ import numpy as np
 from flax import serialization
 
 from experiments._results import write_atomically
+
+
+def digest(about: Any) -> str:
+    """Return a name of what decides a training; other settings never take its checkpoints over."""
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
 
 
 def _is_key(leaf: Any) -> bool:

@@ -93,10 +93,7 @@ def estimate(params: Tree, change: _models.ChangeInputs, images: Array, batch: i
             "batch_stats"
         ]
 
-    averages = {
-        norm: {name: jnp.ones_like(params[norm]["scale"]) for name in ("mean", "var")}
-        for norm in NORMS.values()
-    }
+    averages = fresh_averages(params)
     full = [images[at : at + batch] for at in range(0, len(images) - batch + 1, batch)]
     return layers.reestimate_batch_norm(update, params, averages, full or [images])
 

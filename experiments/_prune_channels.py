@@ -1,4 +1,4 @@
-"""Channels that really go: a network on Fashion-MNIST with a quarter of its multiply-adds.
+"""Channels that really go: a network on Fashion-MNIST with a fifth of its multiply-adds.
 
 The dense network is that of `experiments.quantize_images`. The groups of coupled channels are found
 in the program of its training step; a criterion scores the units of every group, each group's
@@ -10,12 +10,10 @@ The criterion that is reported on is chosen by validation images.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +51,7 @@ class Settings:
     dataset: str = "fashion_mnist"
     seeds: tuple[int, ...] = (0, 1, 2)
     batch: int = 128
+    fewer: float = 5.0  # multiply-adds, times
     epochs: int = 8
     rate: float = 2e-3
     weight_decay: float = 1e-2
@@ -121,8 +120,8 @@ class Run:
             self.dense.validation,
             self.dense.test,
         )
-        about = json.dumps([jopt.__version__, dataclasses.asdict(settings), data.source])
-        self.work = work / hashlib.sha256(about.encode()).hexdigest()[:12]
+        about = [jopt.__version__, dataclasses.asdict(settings), data.source]
+        self.work = work / _checkpoint.digest(about)
 
     def examples(self) -> tuple[Array, Array]:
         """Return the images and labels that scores are taken from."""
@@ -145,15 +144,14 @@ class Run:
             keep = prune.global_topk_masks(scores, sparsity, ".*", min_kept=4)
             return prune.unit_masks(groups, params, keep)
 
-        budget = counts.total / FEWER
+        budget = counts.total / self.settings.fewer
         cost = partial(prune.kept_multiply_adds, counts)
         return prune.masks_to_budget(masks, cost, budget, limits=(0.0, 0.95)).masks
 
     def tune(self, criterion: str, params: Tree, shrunk: prune.Shrunk, seed: int) -> Tree:
         """Fine-tune the small network with the dense one as its teacher."""
         settings = self.settings
-        images, labels = self.train
-        epoch = max(1, len(labels) // settings.batch)
+        epoch = max(1, len(self.train[1]) // settings.batch)
         tx = quantize_images.optimizer(
             settings.rate, epoch * settings.epochs, settings.weight_decay
         )
@@ -172,11 +170,13 @@ class Run:
         step = _train.make_step(loss, tx, augment=quantize_images.augment(settings.max_shift))
         key = jax.random.fold_in(jax.random.key(seed), 5)
         carry = _train.start(shrunk.params, tx, key)
-        for number in range(settings.epochs):
-            batch = min(settings.batch, len(labels))
-            order = _train.epoch_order(jax.random.fold_in(key, number), len(labels), batch)
-            carry, losses = _train.run_epoch(step, carry, images, labels, order, params)
-            self.say(f"{file.stem}: epoch {number + 1}, loss {float(losses.mean()):.4f}")
+
+        def say(epoch: int, losses: Array) -> None:
+            self.say(f"{file.stem}: epoch {epoch}, loss {float(losses.mean()):.4f}")
+
+        carry = _train.run_epochs(
+            step, carry, self.train, settings.batch, settings.epochs, key, params, say
+        )
         _checkpoint.save(file, carry.params)
         return carry.params
 
@@ -201,52 +201,69 @@ class Run:
         )
 
 
-def measure(run: Run, criterion: str, seed: int) -> tuple[dict[str, Any], Any]:
-    """Prune, tune, fold and score one network; returns its row, and what is needed to run it."""
+class Scored(NamedTuple):
+    """A folded network and what it is worth."""
+
+    apply: Callable[[Tree, Array], Array]
+    params: Tree
+    multiply_adds: int
+    validation: float
+    test: float
+
+
+def scored(run: Run, apply: Any, visible: Any, params: Tree) -> Scored:
+    """Count and score a folded network; in `visible` every product is of the usual kind."""
+    validation, test = (
+        round(1 - _train.error_rate(apply, params, *part), 6) for part in (run.validation, run.test)
+    )
+    count = prune.multiply_adds(visible, params, eval_images(1)).total
+    return Scored(apply, params, count, validation, test)
+
+
+def dense_network(run: Run, seed: int) -> tuple[Tree, Scored]:
+    """Return the parameters of a dense network, and the folded network scored."""
     params = run.dense.float_network(seed)
-    dense = _cnn.fold(params, run.dense.estimated(params, _models.unchanged_inputs))
+    folded = _cnn.fold(params, run.dense.estimated(params, _models.unchanged_inputs))
+    return params, scored(run, _cnn.folded_logits, _cnn.traced_logits, folded)
+
+
+def measure(
+    run: Run, criterion: str, seed: int, params: Tree, dense: Scored
+) -> tuple[dict[str, Any], Scored]:
+    """Prune, tune, fold and score one network; returns its row, and the network."""
     masks = run.masks(params, criterion)
     images, _ = run.examples()
     shrunk = prune.shrink(_cnn.training_logits, params, masks, images[:64], tolerance=1e-3)
     small = run.tune(criterion, params, shrunk, seed)
     small = _cnn.fold(small, run.averages(params, shrunk, small))
-    apply = prune.shrunk_apply(_cnn.folded_logits, dense, shrunk.units)
-    before, after = (
-        prune.multiply_adds(function, tree, eval_images(1)).total
-        for function, tree in (
-            (_cnn.traced_logits, dense),
-            (prune.shrunk_apply(_cnn.traced_logits, dense, shrunk.units), small),
-        )
+    apply, visible = (
+        prune.shrunk_apply(each, dense.params, shrunk.units)
+        for each in (_cnn.folded_logits, _cnn.traced_logits)
     )
+    found = scored(run, apply, visible, small)
+    both = (dense, found)
     row = {
         "criterion": criterion,
         "seed": seed,
         "units": {name: f"{stays.sum()} of {len(stays)}" for name, stays in shrunk.units.items()},
-        "parameters": [sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (dense, small)],
-        "multiply_adds": [before, after],
-        "validation": [
-            round(1 - _train.error_rate(function, tree, *run.validation), 6)
-            for function, tree in ((_cnn.folded_logits, dense), (apply, small))
-        ],
-        "test": [
-            round(1 - _train.error_rate(function, tree, *run.test), 6)
-            for function, tree in ((_cnn.folded_logits, dense), (apply, small))
-        ],
+        "parameters": [sum(leaf.size for leaf in jax.tree.leaves(t.params)) for t in both],
+        "multiply_adds": [each.multiply_adds for each in both],
+        "validation": [each.validation for each in both],
+        "test": [each.test for each in both],
     }
-    return row, (dense, small, apply)
+    return row, found
 
 
-def latencies(run: Run, networks: Any) -> dict[str, dict[str, float]]:
+def latencies(run: Run, dense: Scored, small: Scored) -> dict[str, dict[str, float]]:
     """Time the dense and the shrunk network, in turns, at batch 1 and 64."""
-    dense, small, apply = networks
-    whole = jax.jit(_cnn.folded_logits)
+    whole = jax.jit(dense.apply)
     found = {}
     for batch in (1, 64):
         images = _train.normalize(run.test[0][:batch])
         rows = _timing.interleaved(
             {
-                "dense": lambda images=images: whole(dense, images),
-                "shrunk": lambda images=images: apply(small, images),
+                "dense": lambda images=images: whole(dense.params, images),
+                "shrunk": lambda images=images: small.apply(small.params, images),
             },
             run.settings.repeats,
         )
@@ -317,25 +334,20 @@ def run(
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
     del plot
     settings = Settings(dataset=dataset or "fashion_mnist", seeds=seeds)
-    try:
-        data = _data.load(settings.dataset)
-    except _data.DataUnavailable as problem:
-        raise SystemExit(str(problem)) from None
-    if data.note:
-        console.print(data.note)
+    data = _data.load_or_exit(settings.dataset, console.print)
     criteria = list(CRITERIA)
     if head is not None:
         settings = dataclasses.replace(settings, epochs=1, repeats=3, batch=8)
         data, criteria = _data.head(data, head), criteria[1:2]
     each = Run(settings, data, work, console.print)
-    rows, networks = [], {}
+    rows, networks, dense = [], {}, {seed: dense_network(each, seed) for seed in seeds}
     for criterion in criteria:
         for seed in seeds:
-            row, networks[criterion, seed] = measure(each, criterion, seed)
+            row, networks[criterion, seed] = measure(each, criterion, seed, *dense[seed])
             rows.append(row)
     found = joined(rows)
     best = min(found, key=lambda row: row["mean_validation_lost"])
-    latency = latencies(each, networks[best["criterion"], seeds[0]])
+    latency = latencies(each, dense[seeds[0]][1], networks[best["criterion"], seeds[0]])
     figures = {"criteria": found, "chosen": best["criterion"], "latency": latency}
     tag = "" if data.tag == "fashion_mnist" else data.tag
     targets = [

@@ -11,7 +11,6 @@ row, and nothing is chosen by them. Every finished row is kept, so that a killed
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -49,8 +48,8 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     levels: tuple[float, ...] = LEVELS
     batch: int = 128
-    dense: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 3, "cnn": 4})
-    after: int = 2
+    dense: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 3, "cnn": 2})
+    after: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 2, "cnn": 1})
     rate: float = 2e-3
     tuning_rate: float = 1e-3
     prune_every: int = 20
@@ -132,8 +131,8 @@ class Run:
             for images, labels in (data.train, data.validation, data.test)
         )
         about = dataclasses.asdict(settings) | {"seeds": None, "levels": None}
-        digest = json.dumps([jopt.__version__, about, data.source, len(data.train[1])])
-        self.work = work / f"{network.name}-{hashlib.sha256(digest.encode()).hexdigest()[:12]}"
+        about = [jopt.__version__, about, data.source, len(data.train[1])]
+        self.work = work / f"{network.name}-{_checkpoint.digest(about)}"
         self.epoch = max(1, len(data.train[1]) // settings.batch)
         self.steps: dict[Any, _train.Step] = {}
 
@@ -141,6 +140,11 @@ class Run:
     def dense_epochs(self) -> int:
         """Return the epochs of the dense training."""
         return self.settings.dense[self.network.name]
+
+    @property
+    def after(self) -> int:
+        """Return the epochs of pruning and fine-tuning."""
+        return self.settings.after[self.network.name]
 
     def loss(self, params: Tree, images: Array, labels: Array, *unused: Any) -> Array:
         """Return the mean cross-entropy."""
@@ -165,12 +169,8 @@ class Run:
         step = self.steps.setdefault(name, _train.make_step(self.loss, tx))
         key = jax.random.fold_in(jax.random.key(seed), at)
         carry = _train.start(params, tx, key)
-        images, labels = self.train
-        batch = min(self.settings.batch, len(labels))
-        for epoch in range(epochs):
-            order = _train.epoch_order(jax.random.fold_in(key, epoch), len(labels), batch)
-            carry, _ = _train.run_epoch(step, carry, images, labels, order)
-        return carry.params
+        batch = self.settings.batch
+        return _train.run_epochs(step, carry, self.train, batch, epochs, key).params
 
     def dense(self, seed: int) -> Tree:
         """Train the dense network of a seed, or read it."""
@@ -187,15 +187,13 @@ class Run:
 
     def held(self, masks: Tree, params: Tree, seed: int) -> Tree:
         """Fine-tune with the masks held."""
-        tx = optax.chain(
-            self.adam(self.settings.tuning_rate, self.settings.after), prune.keep_masked(masks)
-        )
+        tx = optax.chain(self.adam(self.settings.tuning_rate, self.after), prune.keep_masked(masks))
         masked = prune.apply_masks(params, masks)
-        return self.fit("held", tx, masked, self.settings.after, seed, 2)
+        return self.fit("held", tx, masked, self.after, seed, 2)
 
     def gradually(self, name: str, criterion: Any, level: float, params: Tree, seed: int) -> Tree:
         """Remove weights over two thirds of the epochs after the dense training."""
-        epochs = self.settings.after
+        epochs = self.after
         schedule = prune.cubic_schedule(level, 0, self.epoch * epochs * 2 // 3)
         every = max(1, min(self.settings.prune_every, self.epoch // 2))
         rule = prune.gradual(schedule, every, criterion)
@@ -204,7 +202,7 @@ class Run:
 
     def from_scratch(self, name: str, tx: Any, params: Tree, seed: int) -> Tree:
         """Train a network that is sparse from the start."""
-        return self.fit(name, tx, params, self.dense_epochs + self.settings.after, seed, 1)
+        return self.fit(name, tx, params, self.dense_epochs + self.after, seed, 1)
 
     def examples(self) -> tuple[Array, Array]:
         """Return the images, normalized, and labels that scores are taken from."""
@@ -259,7 +257,7 @@ def _at_start(masks_of: Callable[[Run, Tree, float, int], Tree]) -> Make:
     def make(run: Run, dense: Tree, level: float, seed: int) -> Tree:
         params = _fresh(run, seed)
         masks = masks_of(run, params, level, seed)
-        epochs = run.dense_epochs + run.settings.after
+        epochs = run.dense_epochs + run.after
         tx = optax.chain(run.adam(run.settings.rate, epochs), prune.keep_masked(masks))
         return run.from_scratch("fixed", tx, prune.apply_masks(params, masks), seed)
 
@@ -275,7 +273,7 @@ def _rewired(name: str, rule: Callable[[Run, Tree, int, int], Any]) -> Make:
     def make(run: Run, dense: Tree, level: float, seed: int) -> Tree:
         params = _fresh(run, seed)
         masks = _random_masks(run, params, level, seed)
-        epochs = run.dense_epochs + run.settings.after
+        epochs = run.dense_epochs + run.after
         end = run.epoch * epochs * 3 // 4
         tx = prune.sparse_training(run.adam(run.settings.rate, epochs), rule(run, masks, end, seed))
         return run.from_scratch(name, tx, prune.apply_masks(params, masks), seed)
@@ -383,8 +381,8 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
 
 def smoke(settings: Settings) -> Settings:
     """Shorten everything to an epoch of what little data there then is."""
-    dense = dict.fromkeys(settings.dense, 1)
-    return dataclasses.replace(settings, dense=dense, after=1, levels=(0.9,), batch=8)
+    once = dict.fromkeys(settings.dense, 1)
+    return dataclasses.replace(settings, dense=once, after=once, levels=(0.9,), batch=8)
 
 
 def run(
@@ -400,12 +398,7 @@ def run(
     settings = settings if head is None else smoke(settings)
     about, rows, tags = {}, {}, set()
     for network in NETWORKS.values():
-        try:
-            data = _data.load(dataset or network.dataset)
-        except _data.DataUnavailable as problem:
-            raise SystemExit(str(problem)) from None
-        if data.note:
-            console.print(data.note)
+        data = _data.load_or_exit(dataset or network.dataset, console.print)
         data = data if head is None else _data.head(data, head)
         each = Run(network, data, settings, work, console.print)
         rows[network.name] = _prune_criteria_report.joined([measure(each, seed) for seed in seeds])

@@ -8,27 +8,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import _results
+from experiments import _report, _results
 
 Row = dict[str, Any]
 TITLES = {"lenet5": "LeNet-5, MNIST", "cnn": "batch-norm CNN, Fashion-MNIST"}
 
 
 def joined(by_seed: list[list[Row]]) -> list[Row]:
-    """Join the rows of all seeds: lists, means, and the spread from lowest to highest."""
-    found = []
-    for rows in zip(*by_seed, strict=True):
-        tests = [row["test"] for row in rows]
-        found.append(
-            {key: rows[0][key] for key in ("how", "criterion", "level")}
-            | {key: [row[key] for row in rows] for key in ("sparsity", "validation", "test")}
-            | {
-                "mean_validation": round(float(np.mean([row["validation"] for row in rows])), 6),
-                "mean_test": round(float(np.mean(tests)), 6),
-                "spread_test": round(max(tests) - min(tests), 6),
-            }
-        )
-    return found
+    """Join the rows of all seeds."""
+    same, listed = ("how", "criterion", "level"), ("sparsity", "validation", "test")
+    return _results.join_seeds(by_seed, same, listed)
 
 
 def _by_level(rows: list[Row], how: str, criterion: str) -> dict[float, float]:
@@ -137,15 +126,13 @@ def plot(rows: dict[str, list[Row]], file: Path) -> None:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
             axis.set_title(f"{TITLES[network]}\n{titles[how]}", fontsize=9)
-            axis.legend(fontsize=7, frameon=False)
+            if kinds:
+                axis.legend(fontsize=7, frameon=False)
             axis.set_xlabel("weights left in kernels, %")
         _plain_ticks(line[0])
         line[0].set_ylabel("test error, %")
     figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(file.with_name(file.name + suffix), dpi=150)
-    pyplot.close(figure)
+    _report.save_plot(figure, file)
 
 
 def _plain_ticks(axis: Any) -> None:

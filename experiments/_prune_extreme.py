@@ -12,8 +12,6 @@ parameters, kernels and biases, over those that are not zero in the file that re
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import jopt
-from experiments import _data, _prune_extreme_report, _results, _stages, _train, mnist_lenet
+from experiments import (
+    _checkpoint,
+    _data,
+    _prune_extreme_report,
+    _results,
+    _stages,
+    _train,
+    mnist_lenet,
+)
 from jopt import codec, prune
 
 Tree = Any
@@ -47,6 +53,7 @@ class Recipe:
       rate: Adam's learning rate until then; it falls to a hundredth in fine-tuning.
       decay: weight decay of kernels, times the learning rate.
       power: of the schedule; 3 is Zhu and Gupta's, a higher one leaves more time for the end.
+      temperature: of the teacher's answers.
     """
 
     ratio: float
@@ -57,6 +64,7 @@ class Recipe:
     rate: float
     decay: float
     power: float
+    temperature: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +74,15 @@ class Settings:
     dataset: str = "mnist"
     seeds: tuple[int, ...] = (0, 1, 2)
     batch: int = 128
-    temperature: float = 4.0
     soft_weight: float = 0.9
     prune_every: int = 50
     teacher: mnist_lenet.Settings = dataclasses.field(default_factory=mnist_lenet.Settings)
     recipes: dict[str, Recipe] = dataclasses.field(
         default_factory=lambda: {
-            "lenet_300_100": Recipe(68, 0.0190, 15, 60, 30, rate=2e-3, decay=0.1, power=3),
-            "lenet5": Recipe(280, 0.0080, 0, 45, 20, rate=2e-3, decay=1e-2, power=4),
+            "lenet_300_100": Recipe(
+                68, 0.0190, 10, 40, 20, 2e-3, decay=0.1, power=3, temperature=4
+            ),
+            "lenet5": Recipe(280, 0.0080, 0, 40, 40, 1e-2, decay=1e-2, power=4, temperature=2),
         }
     )
 
@@ -152,10 +161,12 @@ class Run:
         epoch = pool.count // min(settings.batch, pool.count)
         tx = pruning(recipe, size(start), epoch, settings.prune_every)
         loss = _stages.distilled_loss(
-            apply, lambda params: params, settings.temperature, settings.soft_weight
+            apply, lambda params: params, recipe.temperature, settings.soft_weight
         )
         epochs = recipe.dense + recipe.prune + recipe.tune
-        folder = self.trainer.folder / _digest(dataclasses.asdict(recipe))
+        folder = self.trainer.folder / _checkpoint.digest(
+            [jopt.__version__, dataclasses.asdict(recipe)]
+        )
         trainer = dataclasses.replace(self.trainer, folder=folder)  # one history for both
         check = partial(_train.error_rate, apply)
         return trainer.train(name, start, tx, loss, pool, epochs, check).params
@@ -237,16 +248,13 @@ def run(
 ) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
     settings = Settings(dataset=dataset or "mnist", seeds=seeds)
-    try:
-        data = _data.load(settings.dataset)
-    except _data.DataUnavailable as problem:
-        raise SystemExit(str(problem)) from None
-    if data.note:
-        console.print(data.note)
+    data = _data.load_or_exit(settings.dataset, console.print)
     if head is not None:
         settings, data = smoke(settings), _data.head(data, head)
     common = dataclasses.asdict(settings) | {"seeds": None, "recipes": None}
-    folder = work / _digest([common, data.source, len(data.train[1])])
+    folder = work / _checkpoint.digest(
+        [jopt.__version__, [common, data.source, len(data.train[1])]]
+    )
     columns = [
         TextColumn("{task.description:>14}"),
         BarColumn(24),
@@ -286,8 +294,3 @@ def run(
         },
         "targets": targets,
     }
-
-
-def _digest(about: Any) -> str:
-    """Return a name of what decides a training; other settings never take it over."""
-    return hashlib.sha256(json.dumps([jopt.__version__, about]).encode()).hexdigest()[:12]

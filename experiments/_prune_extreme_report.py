@@ -96,8 +96,4 @@ def plot(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2, loc="lower left")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for ending in ("png", "svg"):
-        dated = _report._no_date(ending)
-        figure.savefig(file.with_suffix(f".{ending}"), dpi=150, metadata=dated)
-    plt.close(figure)
+    _report.save_plot(figure, file)

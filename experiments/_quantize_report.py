@@ -8,28 +8,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import _results
+from experiments import _report, _results
 
 Row = dict[str, Any]
 LEARNED = ("LSQ", "LSQ+", "PACT")
 
 
 def joined(by_seed: list[list[Row]]) -> list[Row]:
-    """Join the rows of all seeds: lists, means, and the spread from lowest to highest."""
-    found = []
-    for rows in zip(*by_seed, strict=True):
-        tests = [row["test"] for row in rows]
-        found.append(
-            {key: rows[0][key] for key in ("when", "method", "format", "inputs")}
-            | {key: [row[key] for row in rows] for key in ("bytes", "validation", "test")}
-            | {
-                "mean_bytes": round(float(np.mean([row["bytes"] for row in rows]))),
-                "mean_validation": round(float(np.mean([row["validation"] for row in rows])), 6),
-                "mean_test": round(float(np.mean(tests)), 6),
-                "spread_test": round(max(tests) - min(tests), 6),
-            }
-        )
-    return found
+    """Join the rows of all seeds."""
+    same, listed = ("when", "method", "format", "inputs"), ("bytes", "validation", "test")
+    return [
+        row | {"mean_bytes": round(float(np.mean(row["bytes"])))}
+        for row in _results.join_seeds(by_seed, same, listed)
+    ]
 
 
 def _best(rows: list[Row], when: str, format: str, inputs: int) -> Row:
@@ -192,7 +183,4 @@ def plot(rows: list[Row], file: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    for ending in ("png", "svg"):
-        dated = {"Date": None} if ending == "svg" else {}
-        figure.savefig(file.with_suffix(f".{ending}"), dpi=150, metadata=dated)
-    plt.close(figure)
+    _report.save_plot(figure, file)

@@ -80,9 +80,7 @@ def plot(networks: dict[str, Any], data: str, file: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2, loc="upper right")
-    for ending in ("png", "svg"):
-        figure.savefig(file.with_suffix(f".{ending}"), dpi=150, metadata=_no_date(ending))
-    plt.close(figure)
+    save_plot(figure, file)
 
 
 def _name(axes: Any, words: str, place: tuple[float, float]) -> None:
@@ -91,6 +89,12 @@ def _name(axes: Any, words: str, place: tuple[float, float]) -> None:
     axes.annotate(words, place, **above)
 
 
-def _no_date(ending: str) -> dict[str, Any]:
-    """Leave the date out, so that the same figures give the same file."""
-    return {"Date": None} if ending == "svg" else {}
+def save_plot(figure: Any, file: Path) -> None:
+    """Write a figure as PNG and SVG, undated, so that the same figures give the same file."""
+    import matplotlib.pyplot as plt
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for ending in ("png", "svg"):
+        dated = {"Date": None} if ending == "svg" else {}
+        figure.savefig(file.with_suffix(f".{ending}"), dpi=150, metadata=dated)
+    plt.close(figure)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jopt", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -53,6 +54,27 @@ def target(words: str, value: float, goal: float, better: str) -> dict[str, Any]
         raise ValueError(f'better is "lower" or "higher", not {better!r}.')
     met = value <= goal if better == "lower" else value >= goal
     return {"target": words, "value": value, "goal": goal, "better": better, "met": bool(met)}
+
+
+def join_seeds(
+    by_seed: list[list[dict[str, Any]]], same: tuple[str, ...], listed: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Join the rows of all seeds: lists, means, and the spread of the test from lowest to highest.
+
+    Args:
+        by_seed: for each seed its rows, in the same order.
+        same: entries that are the same for all seeds.
+        listed: entries that become lists; `validation` and `test` are among them.
+    """
+    found = []
+    for rows in zip(*by_seed, strict=True):
+        lists = {key: [row[key] for row in rows] for key in listed}
+        means = {
+            f"mean_{key}": round(float(np.mean(lists[key])), 6) for key in ("validation", "test")
+        }
+        spread = {"spread_test": round(max(lists["test"]) - min(lists["test"]), 6)}
+        found.append({key: rows[0][key] for key in same} | lists | means | spread)
+    return found
 
 
 def write_results(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -147,6 +147,37 @@ def run_epoch(
     return loop(step, carry, images, labels, order, extras)
 
 
+def run_epochs(
+    step: Step,
+    carry: Carry,
+    examples: tuple[Array, Array],
+    batch: int,
+    epochs: int,
+    key: Array,
+    extras: Tree = None,
+    say: Callable[[int, Array], None] = lambda epoch, losses: None,
+) -> Carry:
+    """Run several epochs, each in a random order of its own.
+
+    Args:
+        step: from `make_step`.
+        carry: from `start`; its memory is reused.
+        examples: images and labels.
+        batch: examples in a step; all of them if there are fewer.
+        epochs: how many.
+        key: of the orders; the epoch's number is folded in.
+        extras: any tree, passed to the loss through the step's `select`.
+        say: called after each epoch with its number, from 1, and its losses.
+    """
+    images, labels = examples
+    batch = min(batch, len(labels))
+    for epoch in range(epochs):
+        order = epoch_order(jax.random.fold_in(key, epoch), len(labels), batch)
+        carry, losses = run_epoch(step, carry, images, labels, order, extras)
+        say(epoch + 1, losses)
+    return carry
+
+
 @partial(jax.jit, static_argnames=("apply", "batch"))
 def count_correct(apply: Apply, params: Tree, images: Array, labels: Array, batch: int) -> Array:
     """Count the examples whose largest logit is the label's: an exact int32 scalar."""

@@ -18,8 +18,6 @@ Song Han, Huizi Mao, William Dally, "Deep Compression", 2016, https://arxiv.org/
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import shutil
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -33,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import jopt
-from experiments import _data, _models, _report, _results, _stages, _train
+from experiments import _checkpoint, _data, _models, _report, _results, _stages, _train
 from jopt import codec, prune, quant
 
 Tree = Any
@@ -375,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
     if data.note:
         console.print(f"[bold]Because:[/] {data.note}")
     about = [jopt.__version__, dataclasses.asdict(settings), data.source, len(data.train[1])]
-    work = _data.CACHE / "mnist_lenet" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    work = _data.CACHE / "mnist_lenet" / _checkpoint.digest(about)
     if options.restart:
         shutil.rmtree(work, ignore_errors=True)
     with _train.quick_compilation() if options.smoke else nullcontext():

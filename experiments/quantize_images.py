@@ -17,7 +17,6 @@ kept: a killed run goes on where it was, and `--restart` forgets them.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import shutil
 import tempfile
@@ -122,7 +121,7 @@ class Run:
         settings = dataclasses.asdict(self.settings) | {"seeds": None}
         recipes = [(each.name, each.epochs, each.rate) for each in self.recipes]
         about = [jopt.__version__, settings, recipes, self.data.source, len(self.data.train[1])]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+        return _checkpoint.digest(about)
 
     def fit(
         self,
@@ -141,12 +140,12 @@ class Run:
             return restored[0], float(restored[1])
         began = time.monotonic()
         carry = _train.start(tree, tx, key)
-        images, labels = self.train
-        batch = min(self.settings.batch, len(labels))
-        for epoch in range(epochs):
-            order = _train.epoch_order(jax.random.fold_in(key, epoch), len(labels), batch)
-            carry, losses = _train.run_epoch(step, carry, images, labels, order, fixed)
-            self.say(f"{file}: epoch {epoch + 1}/{epochs}, loss {float(losses.mean()):.4f}")
+
+        def say(epoch: int, losses: Array) -> None:
+            self.say(f"{file}: epoch {epoch}/{epochs}, loss {float(losses.mean()):.4f}")
+
+        batch = self.settings.batch
+        carry = _train.run_epochs(step, carry, self.train, batch, epochs, key, fixed, say)
         seconds = time.monotonic() - began
         _checkpoint.save(path, (carry.params, np.float32(seconds)))
         return carry.params, seconds

@@ -61,6 +61,18 @@ def is_floating(leaf: Any) -> bool:
     )
 
 
+def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Return whether a scalar, or one value for each index or for whole axes, fits an array.
+
+    Example:
+      >>> broadcasts_to((1, 4), (3, 4)), broadcasts_to((4,), (3, 4)), broadcasts_to((), (3, 4))
+      (True, False, True)
+    """
+    if len(shape) != len(target):
+        return shape == ()
+    return all(n in (1, size) for n, size in zip(shape, target, strict=True))
+
+
 def is_kernel(path: str, leaf: Any) -> bool:
     """Return whether a leaf is a floating-point array of two or more axes: the default filter.
 
@@ -144,3 +156,25 @@ def map_selected(function: Callable[[str, Any], Any], tree: Any, where: Filter =
         for path, leaf, take in zip(paths, leaves, chosen, strict=True)
     ]
     return jax.tree.unflatten(treedef, replaced)
+
+
+def naming_leaf(function: Callable[..., Any], *rest: Any) -> Callable[..., Any]:
+    """Return `(path, leaf, *more) -> function(leaf, *more, *rest)` whose errors name the leaf.
+
+    Raises:
+      TypeError: when called, for a leaf that is compressed already.
+
+    Example:
+      >>> naming_leaf(round, 1)("dense/kernel", 0.25)
+      0.2
+    """
+
+    def apply(path: str, leaf: Any, *more: Any) -> Any:
+        if is_compressed(leaf):
+            raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
+        try:
+            return function(leaf, *more, *rest)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    return apply

@@ -1,5 +1,18 @@
 """What holds for every test: no silent rank promotion, quick compilation, the same models."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # One folder for this run and its workers: what one file or worker compiled serves the others.
+    _CACHE = tempfile.mkdtemp(prefix="jopt-tests-")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import flax.linen as linen
 import jax
 import jax.numpy as jnp

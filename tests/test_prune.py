@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import jopt
 from jopt import prune, quant
 from jopt._trees import flatten_with_paths
-from jopt.prune._masks import _pruned_count
+from jopt.prune._masks import pruned_count
 from tests import oracles
 from tests.conftest import NnxNet
 
@@ -91,7 +91,7 @@ def test_the_traced_sparsity_gives_the_masks_of_the_static_one(name, sparsity, k
 def test_the_traced_count_is_exact(size, numerator):
     sparsity = np.float32(numerator / 2**24)
     exact = size * numerator / 2**24
-    got = int(_pruned_count(size, jnp.asarray(sparsity)))
+    got = int(pruned_count(size, jnp.asarray(sparsity)))
     assert abs(got - exact) <= 0.502
 
 

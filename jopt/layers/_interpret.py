@@ -64,13 +64,22 @@ class Analysis(NamedTuple):
     views: Views
 
 
+def inner_jaxprs(value: Any) -> list[tuple[core.Jaxpr, list[Any]]]:
+    """Return the jaxprs, with their constants, that a parameter of an equation holds."""
+    if isinstance(value, core.ClosedJaxpr):
+        return [(value.jaxpr, list(value.consts))]
+    if isinstance(value, core.Jaxpr):
+        return [(value, [])]
+    if isinstance(value, (tuple, list)):
+        return [pair for item in value for pair in inner_jaxprs(item)]
+    return []
+
+
 def _inner(equation: core.JaxprEqn) -> tuple[core.Jaxpr, list[Any]]:
     """Return the jaxpr that an equation calls, and the constants of it."""
     for value in equation.params.values():
-        if isinstance(value, core.ClosedJaxpr):
-            return value.jaxpr, list(value.consts)
-        if isinstance(value, core.Jaxpr):
-            return value, []
+        for pair in inner_jaxprs(value):
+            return pair
     raise ValueError(f"{equation.primitive.name} holds no jaxpr.")
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jopt._arrays import materialize, working_dtype
 from jopt._leaves import RotatedTensor, ScaledTensor
+from jopt.layers._calibrate import map_over
 from jopt.layers._statistics import InputStatistics
 
 _UNDIVIDED = 512  # features below which halving the product of a symmetric matrix saves nothing
@@ -153,9 +154,7 @@ def mapped(method: Callable[..., Any], options: Hashable, depth: int) -> Callabl
     def function(weights: jax.Array, statistics: Any) -> Any:
         return method(weights, statistics, options)
 
-    for _ in range(depth):
-        function = jax.vmap(function)
-    return jax.jit(function)
+    return jax.jit(map_over(function, depth))
 
 
 def _quadratic_form(delta: jax.Array, gram: jax.Array) -> jax.Array:

@@ -33,7 +33,9 @@ class LayerReport(NamedTuple):
     others: dict[str, str]
 
 
-class _Trace(NamedTuple):
+class LayerTrace(NamedTuple):
+    """A traced function: the program, its inputs' values, and which of them are kernels."""
+
     closed: core.ClosedJaxpr
     values: list[Any]
     views: list[View | None]
@@ -52,7 +54,8 @@ def _leaf_views(path: str, leaf: Any) -> list[View | None]:
     return [None] * len(jax.tree.leaves(leaf))
 
 
-def _trace(apply: Apply, params: Any, args: tuple[Any, ...]) -> _Trace:
+def trace_layers(apply: Apply, params: Any, args: tuple[Any, ...]) -> LayerTrace:
+    """Trace a function and view its parameters as kernels; nothing is computed."""
     paths, leaves, _ = flatten_with_paths(params)
     if not leaves:
         raise ValueError(f"params must hold at least one array, not {params!r}.")
@@ -60,7 +63,7 @@ def _trace(apply: Apply, params: Any, args: tuple[Any, ...]) -> _Trace:
     values = jax.tree.leaves((params, args))
     views = [v for path, leaf in zip(paths, leaves, strict=True) for v in _leaf_views(path, leaf)]
     views += [None] * (len(values) - len(views))
-    return _Trace(closed, values, views, paths, leaves, jax.tree.structure(out_shapes))
+    return LayerTrace(closed, values, views, paths, leaves, jax.tree.structure(out_shapes))
 
 
 def _check_apply(apply: Apply) -> None:
@@ -68,7 +71,8 @@ def _check_apply(apply: Apply) -> None:
         raise TypeError(f"apply must be a function (params, *args) -> outputs, not {apply!r}.")
 
 
-def _run(trace: _Trace, visit: Visit, extras: dict[str, Any]) -> tuple[Any, list[Record]]:
+def run_layers(trace: LayerTrace, visit: Visit, extras: dict[str, Any]) -> tuple[Any, list[Record]]:
+    """Run a traced function; `visit` sees and replaces the input of each layer."""
     outs, records = evaluate(
         trace.closed.jaxpr, trace.closed.consts, trace.values, trace.views, visit, extras
     )
@@ -132,7 +136,7 @@ def find_layers(apply: Apply, params: Any, *args: Any) -> LayerReport:
       {'spare': 'never used', 'table': 'used by gather'}
     """
     _check_apply(apply)
-    trace = _trace(apply, params, args)
+    trace = trace_layers(apply, params, args)
     found = trace.analysis()
     layers = _by_path(found.uses)
     recorded, others = [], {}
@@ -154,7 +158,10 @@ def _concatenated(arrays: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([array.astype(dtype) for array in arrays], axis=-2)
 
 
-def _record(use: Use, values: jax.Array, extras: dict[str, Any]) -> tuple[jax.Array, list[Record]]:
+def record_input(
+    use: Use, values: jax.Array, extras: dict[str, Any]
+) -> tuple[jax.Array, list[Record]]:
+    """Record the input of a layer and leave it as it is."""
     del extras
     return values, [Record(rows_of(use, values), use, use.scans)]
 
@@ -197,9 +204,9 @@ def layer_inputs(apply: Apply) -> Callable[..., dict[str, jax.Array]]:
 
     @jax.jit
     def inputs(params: Any, *args: Any) -> dict[str, jax.Array]:
-        trace = _trace(apply, params, args)
+        trace = trace_layers(apply, params, args)
         layers = _by_path(trace.analysis().uses)
-        _, records = _run(trace, _record, {})
+        _, records = run_layers(trace, record_input, {})
         rows: dict[str, list[jax.Array]] = {
             path: [] for path, found in layers.items() if _conflict(found) is None
         }
@@ -263,11 +270,11 @@ def map_inputs(apply: Apply, change: Change) -> Callable[..., Any]:
 
     @jax.jit
     def mapped(params: Any, extras: Mapping[str, Any], *args: Any) -> Any:
-        trace = _trace(apply, params, args)
+        trace = trace_layers(apply, params, args)
         layers = _by_path(trace.analysis().uses)
         unknown = [path for path in extras if path not in layers]
         if unknown:
             raise ValueError(f"extras has {unknown}, not layers; the layers are {list(layers)}.")
-        return _run(trace, visit, dict(extras))[0]
+        return run_layers(trace, visit, dict(extras))[0]
 
     return mapped

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt._arrays import expand_blocks
-from jopt._trees import Filter, flatten_with_paths, is_kernel
+from jopt._trees import Filter, is_kernel
 from jopt.prune._masks import Sparsity, scored, topk_masks
 
 Reduce = Callable[..., jax.Array]
@@ -85,9 +85,9 @@ def pool_scores(
       (Array([[2., 2.]], dtype=float32), Array([[4.],
              [3.]], dtype=float32))
     """
-    leaves, chosen, treedef = scored(scores, where)
+    paths, leaves, chosen, treedef = scored(scores, where)
     pooled = []
-    for path, leaf, take in zip(flatten_with_paths(scores)[0], leaves, chosen, strict=True):
+    for path, leaf, take in zip(paths, leaves, chosen, strict=True):
         if take:
             leaf = _pooled(leaf, _block_sizes(path, leaf.shape, block), reduce)
         pooled.append(leaf)
@@ -152,8 +152,7 @@ def block_topk_masks(
       https://arxiv.org/abs/1711.02782 (tiles by the largest magnitude: `reduce=jnp.max`).
     """
     pooled = pool_scores(scores, block, where, reduce)
-    leaves, chosen, treedef = scored(scores, where)
-    paths = flatten_with_paths(scores)[0]
+    paths, leaves, chosen, treedef = scored(scores, where)
     taken = {path for path, take in zip(paths, chosen, strict=True) if take}
     masks = select(pooled, sparsity, where=lambda path, leaf: path in taken)
     return jax.tree.unflatten(

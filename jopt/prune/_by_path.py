@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt._trees import Filter, flatten_with_paths, is_floating, select
+from jopt._trees import Filter, broadcasts_to, flatten_with_paths, is_floating, select
 
 Entries = Mapping[str, jax.Array]
 Shape = Callable[[Any], tuple[int, ...]]
@@ -87,10 +87,7 @@ def init_entries(
 
 def _check_fits(path: str, leaf: Any, entry: Any) -> None:
     shape = jnp.shape(entry)
-    if shape != () and (
-        len(shape) != leaf.ndim
-        or any(n not in (1, size) for n, size in zip(shape, leaf.shape, strict=True))
-    ):
+    if not broadcasts_to(shape, leaf.shape):
         raise ValueError(f"{path}: {shape} does not broadcast to a leaf of shape {leaf.shape}.")
 
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from jopt._arrays import materialize
 from jopt._leaves import FloatTensor, QTensor, ScaledTensor, is_compressed
-from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, select
+from jopt._trees import Filter, broadcasts_to, flatten_with_paths, is_floating, is_kernel, select
 from jopt.prune._threshold import keep_largest, keep_largest_global
 
 Sparsity = float | jax.Array
 
 
-def _pruned_count(size: int, sparsity: Sparsity) -> Any:
+def pruned_count(size: int, sparsity: Sparsity) -> Any:
     """Return `round(size * sparsity)`, exact for a traced float32 as well.
 
     A float32 product of 25 million and 0.9 is off by an element or two, so a traced sparsity is
@@ -35,8 +35,8 @@ def _pruned_count(size: int, sparsity: Sparsity) -> Any:
     return (size_high * high + ((middle + 2048) >> 12)).astype(jnp.int32)
 
 
-def scored(scores: Any, where: Filter) -> tuple[list[Any], list[bool], Any]:
-    """Return the leaves of a tree of scores, which of them are chosen, and the tree's structure.
+def scored(scores: Any, where: Filter) -> tuple[list[str], list[Any], list[bool], Any]:
+    """Return paths and leaves of a tree of scores, which are chosen, and the tree's structure.
 
     Raises:
       ValueError: the filter matches nothing.
@@ -47,7 +47,7 @@ def scored(scores: Any, where: Filter) -> tuple[list[Any], list[bool], Any]:
     for path, leaf, take in zip(paths, leaves, chosen, strict=True):
         if take and not is_floating(leaf):
             raise TypeError(f"{path}: scores must be floating-point arrays, not {leaf!r}.")
-    return leaves, chosen, treedef
+    return paths, leaves, chosen, treedef
 
 
 def _masks_from(kept: list[jax.Array], chosen: list[bool], treedef: Any) -> Any:
@@ -81,7 +81,7 @@ def _check_min_kept(min_kept: int) -> None:
 
 def _kept_count(path: str, size: int, sparsity: Sparsity, min_kept: int) -> jax.Array:
     """Return how many entries of a leaf stay; too few are an error if that is known now."""
-    count = size - _pruned_count(size, sparsity)
+    count = size - pruned_count(size, sparsity)
     if isinstance(count, int):
         if count < min_kept:
             raise ValueError(
@@ -130,8 +130,7 @@ def topk_masks(
       Array(1, dtype=int32)
     """
     _check_min_kept(min_kept)
-    leaves, chosen, treedef = scored(scores, where)
-    paths = flatten_with_paths(scores)[0]
+    paths, leaves, chosen, treedef = scored(scores, where)
     each = iter(_sparsity_of_each(sparsity, paths, chosen))
     kept = [
         keep_largest(leaf, _kept_count(path, leaf.size, next(each), min_kept))
@@ -175,10 +174,10 @@ def global_topk_masks(
       {'a': Array([[ True, False]], dtype=bool), 'b': Array([[False,  True]], dtype=bool)}
     """
     _check_min_kept(min_kept)
-    leaves, chosen, treedef = scored(scores, where)
+    _, leaves, chosen, treedef = scored(scores, where)
     taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
     total = sum(leaf.size for leaf in taken)
-    keep = total - _pruned_count(total, sparsity)
+    keep = total - pruned_count(total, sparsity)
     if not min_kept:
         return _masks_from(keep_largest_global(taken, jnp.asarray(keep)), chosen, treedef)
     sure = sum(min(min_kept, leaf.size) for leaf in taken)
@@ -200,10 +199,7 @@ def _masked(path: str, leaf: Any, mask: Any) -> Any:
     if jnp.result_type(mask) != jnp.bool_:
         raise TypeError(f"{path}: a mask must be boolean, not {jnp.result_type(mask)}.")
     shape = jnp.shape(mask)
-    if shape != () and (
-        len(shape) != len(leaf.shape)
-        or any(n not in (1, size) for n, size in zip(shape, leaf.shape, strict=True))
-    ):
+    if not broadcasts_to(shape, leaf.shape):
         raise ValueError(f"{path}: mask of shape {shape} does not broadcast to {leaf.shape}.")
     return _masked_leaf(path, leaf, mask)
 

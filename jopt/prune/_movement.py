@@ -101,7 +101,7 @@ def soft_movement_masks(
     """
     if isinstance(threshold, (int, float)) and not 0 <= threshold <= 1:
         raise ValueError(f"threshold must lie in [0, 1], not {threshold!r}.")
-    leaves, chosen, treedef = scored(scores, where)
+    _, leaves, chosen, treedef = scored(scores, where)
     masks = [
         _sigmoid(leaf) > jnp.asarray(threshold, working_dtype(leaf.dtype))
         if take
@@ -140,7 +140,7 @@ def movement_penalty(scores: Any, where: Filter = is_kernel) -> jax.Array:
       Sanh, Wolf, Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020,
       https://arxiv.org/abs/2005.07683, section 4.
     """
-    leaves, chosen, _ = scored(scores, where)
+    _, leaves, chosen, _ = scored(scores, where)
     taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
     sums = [jnp.sum(_sigmoid(leaf)).astype(jnp.float32) for leaf in taken]
     return jnp.stack(sums).sum() / sum(leaf.size for leaf in taken)

@@ -1,17 +1,14 @@
 """Count the multiply-adds of a network, all of them or those that masks leave."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
-from jopt._trees import flatten_with_paths, is_kernel
-from jopt.layers._interpret import Record, evaluate
-from jopt.layers._rows import rows_of
-from jopt.layers._uses import Use
-from jopt.layers._views import View, whole
+from jopt.layers._interpret import Record, inner_jaxprs
+from jopt.layers._transforms import record_input, run_layers, trace_layers
 from jopt.prune._budgets import Shape
 from jopt.prune._to_budget import kept_counts
 
@@ -40,16 +37,6 @@ class MultiplyAdds(NamedTuple):
         return sum(self.layers.values()) + self.other
 
 
-def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
-    if isinstance(value, core.ClosedJaxpr):
-        yield value.jaxpr
-    elif isinstance(value, core.Jaxpr):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _jaxprs(each)
-
-
 def _product(equation: core.JaxprEqn) -> int:
     """Count the multiply-adds of a dot or a convolution."""
     avals: list[Any] = [variable.aval for variable in (*equation.invars[:2], equation.outvars[0])]
@@ -68,17 +55,14 @@ def _all_products(jaxpr: core.Jaxpr) -> int:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             total += _product(equation)
             continue
-        inner = [_all_products(each) for v in equation.params.values() for each in _jaxprs(v)]
+        inner = [
+            _all_products(each) for v in equation.params.values() for each, _ in inner_jaxprs(v)
+        ]
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += times * (
             max(inner, default=0) if equation.primitive.name == "cond" else sum(inner)
         )
     return total
-
-
-def _record(use: Use, values: jax.Array, extras: Any) -> tuple[jax.Array, list[Record]]:
-    del extras
-    return values, [Record(rows_of(use, values), use, use.scans)]
 
 
 def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> MultiplyAdds:
@@ -98,6 +82,9 @@ def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> Multipl
     Returns:
       The counts, exact.
 
+    Raises:
+      ValueError: `params` holds no array.
+
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"conv": jnp.ones((3, 3, 1, 4)), "dense": jnp.ones((16, 10))}
@@ -110,27 +97,22 @@ def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> Multipl
       >>> counts.layers, counts.total
       ({'conv': 144, 'dense': 160}, 304)
     """
-    closed = jax.make_jaxpr(apply)(params, *args)
-    paths, leaves, _ = flatten_with_paths(params)
-    views: list[View | None] = []
-    for path, leaf in zip(paths, leaves, strict=True):
-        kernel = is_kernel(path, leaf) and leaf.size
-        views += [whole(path, leaf.shape)] if kernel else [None] * len(jax.tree.leaves(leaf))
-    inputs = jax.tree.leaves((params, args))
-    views += [None] * (len(inputs) - len(views))
+    found = trace_layers(apply, params, args)
 
-    def rows(*values: Any) -> list[Record]:
-        return evaluate(closed.jaxpr, closed.consts, values, views, _record, {})[1]
+    def inputs_of_layers(*values: Any) -> list[Record]:
+        return run_layers(found._replace(values=list(values)), record_input, {})[1]
 
     uses: dict[str, int] = {}
-    for record in jax.eval_shape(rows, *inputs):
+    for record in jax.eval_shape(inputs_of_layers, *found.values):
         path = record.use.layer.path
         uses[path] = uses.get(path, 0) + record.rows.shape[-2]
     shapes = {
-        path: tuple(leaf.shape) for path, leaf in zip(paths, leaves, strict=True) if path in uses
+        path: tuple(leaf.shape)
+        for path, leaf in zip(found.paths, found.leaves, strict=True)
+        if path in uses
     }
     counts = MultiplyAdds(uses, shapes, 0)
-    return counts._replace(other=_all_products(closed.jaxpr) - counts.total)
+    return counts._replace(other=_all_products(found.closed.jaxpr) - counts.total)
 
 
 def kept_multiply_adds(counts: MultiplyAdds, masks: Any) -> int:

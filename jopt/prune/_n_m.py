@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jopt._trees import Filter, flatten_with_paths, is_kernel
+from jopt._trees import Filter, is_kernel
 from jopt.prune._masks import scored
 
 Axis = int | Callable[[str, Any], int]
@@ -161,9 +161,9 @@ def n_m_masks(
       https://arxiv.org/abs/2104.08378.
     """
     _check_pattern(n, m)
-    leaves, chosen, treedef = scored(scores, where)
+    paths, leaves, chosen, treedef = scored(scores, where)
     masks, skipped = [], []
-    for path, leaf, take in zip(flatten_with_paths(scores)[0], leaves, chosen, strict=True):
+    for path, leaf, take in zip(paths, leaves, chosen, strict=True):
         mask = jnp.array(True)
         if take:
             along = _positive(axis(path, leaf) if callable(axis) else axis, leaf.ndim)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from jopt.layers._outcome import Outcome, from_rows, keep_lower, output_error, row_axes
 from jopt.layers._statistics import InputStatistics
-from jopt.prune._masks import Sparsity
-from jopt.prune._masks import _pruned_count as pruned_count
+from jopt.prune._masks import Sparsity, pruned_count
 from jopt.prune._n_m import n_m_mask
 from jopt.prune._threshold import keep_largest
 

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt._trees import Filter, flatten_with_paths, is_kernel
-from jopt.prune._masks import Sparsity, _pruned_count, scored
+from jopt._trees import Filter, is_kernel
+from jopt.prune._masks import Sparsity, pruned_count, scored
 from jopt.prune._threshold import keep_largest
 
 
@@ -49,9 +49,9 @@ def output_topk_masks(
       https://arxiv.org/abs/2306.11695, section 3.
     """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    leaves, chosen, treedef = scored(scores, where)
+    paths, leaves, chosen, treedef = scored(scores, where)
     masks = []
-    for path, leaf, take in zip(flatten_with_paths(scores)[0], leaves, chosen, strict=True):
+    for path, leaf, take in zip(paths, leaves, chosen, strict=True):
         if take and not all(-leaf.ndim <= each < leaf.ndim for each in axes):
             raise ValueError(f"{path}: axis {axis} does not fit scores of shape {leaf.shape}.")
         masks.append(_by_output(leaf, sparsity, axes) if take else jnp.array(True))
@@ -63,7 +63,7 @@ def _by_output(scores: jax.Array, sparsity: Sparsity, axes: tuple[int, ...]) -> 
     moved = jnp.moveaxis(scores, axes, front)
     outputs = moved.shape[: len(axes)]
     rows = moved.reshape(*outputs, -1) if scores.size else moved.reshape(*outputs, 0)
-    keep = jnp.asarray(rows.shape[-1] - _pruned_count(rows.shape[-1], sparsity))
+    keep = jnp.asarray(rows.shape[-1] - pruned_count(rows.shape[-1], sparsity))
     kept = _keep_in_rows(rows.reshape(-1, rows.shape[-1]), keep)
     return jnp.moveaxis(kept.reshape(moved.shape), front, axes)
 

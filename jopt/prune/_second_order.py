@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, select
+from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, naming_leaf, select
 from jopt.layers._calibrate import map_over
 from jopt.layers._outcome import Outcome, stacked_axes
 from jopt.layers._statistics import InputStatistics
@@ -56,10 +56,7 @@ def _named(path: str, leaf: Any, function: Callable[..., Any], *args: Any) -> An
     """Call a function of a leaf; errors name it."""
     if not is_floating(leaf):
         raise TypeError(f"{path}: weights must be a floating-point array, not {leaf!r}.")
-    try:
-        return function(leaf, *args)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
+    return naming_leaf(function)(path, leaf, *args)
 
 
 def prune_calibrated_params(

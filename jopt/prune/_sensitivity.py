@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt._trees import Filter, flatten_with_paths, is_kernel
+from jopt._trees import Filter, is_kernel
 from jopt.prune._budgets import as_sparsities, pruned_total
 from jopt.prune._masks import apply_masks, scored, topk_masks
 
@@ -69,8 +69,7 @@ def sensitivity(
     rises = all(low < high for low, high in zip(levels, levels[1:], strict=False))
     if not levels or not rises or not 0 < levels[0] <= levels[-1] <= 1:
         raise ValueError(f"levels must ascend within (0, 1], not {levels!r}.")
-    leaves, chosen, treedef = scored(scores, where)
-    paths = flatten_with_paths(scores)[0]
+    paths, leaves, chosen, treedef = scored(scores, where)
     shapes = [leaf.shape if take else () for leaf, take in zip(leaves, chosen, strict=True)]
     dense = [jnp.ones(shape, bool) for shape in shapes]
     masked = jax.jit(apply_masks)

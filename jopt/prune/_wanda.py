@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jopt._arrays import working_dtype
 from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, select
 from jopt.layers import InputStatistics
+from jopt.layers._calibrate import map_over
 from jopt.layers._outcome import from_rows, stacked_axes, to_rows
 
 
@@ -23,9 +24,8 @@ def _products(weights: jax.Array, statistics: InputStatistics, depth: int) -> ja
         return from_rows(to_rows(jnp.abs(weights), gram) * norms, weights.shape)
 
     exact = working_dtype(weights.dtype)
-    for _ in range(depth):
-        scored = jax.vmap(scored)
-    return scored(weights.astype(exact), statistics.gram, statistics.count)
+    each = map_over(scored, depth)
+    return each(weights.astype(exact), statistics.gram, statistics.count)
 
 
 def wanda_scores(
@@ -69,27 +69,25 @@ def wanda_scores(
     report: dict[str, str] = {}
     scores = []
     for path, leaf, take in zip(paths, leaves, chosen, strict=True):
-        reason = _reason(path, leaf, statistics) if take else ""
-        if reason:
-            report[path] = f"scored by magnitude: {reason}"
+        depth = _depth(path, leaf, statistics) if take else None
+        if isinstance(depth, str):
+            report[path] = f"scored by magnitude: {depth}"
         if not is_floating(leaf):
             scores.append(jnp.inf)
-        elif take and not reason:
-            depth = stacked_axes(leaf.shape, statistics[path].gram.shape)
+        elif isinstance(depth, int):
             scores.append(_products(leaf, statistics[path], depth))
         else:
             scores.append(jnp.abs(leaf).astype(working_dtype(leaf.dtype)))
     return jax.tree.unflatten(treedef, scores), report
 
 
-def _reason(path: str, leaf: Any, statistics: Mapping[str, InputStatistics]) -> str:
-    """Say why the leaf cannot be scored with its inputs; empty if it can."""
+def _depth(path: str, leaf: Any, statistics: Mapping[str, InputStatistics]) -> int | str:
+    """Return how many axes of a leaf are stacked layers, or why its inputs cannot score it."""
     if not is_floating(leaf):
         return "not a floating-point array; it keeps all its weights"
     if path not in statistics:
         return "no statistics"
     try:
-        stacked_axes(leaf.shape, statistics[path].gram.shape)
+        return stacked_axes(leaf.shape, statistics[path].gram.shape)
     except ValueError as error:
         return str(error)
-    return ""

@@ -11,10 +11,10 @@ from jax.typing import ArrayLike
 
 from jopt._arrays import expand_blocks, working_dtype
 from jopt._leaves import BitTensor, QTensor
-from jopt._trees import Filter, is_kernel, map_selected
+from jopt._trees import Filter, is_kernel, map_selected, naming_leaf
 from jopt.quant._bits import pack_signs
 from jopt.quant._blocks import merge_blocks, split_blocks
-from jopt.quant._by_path import naming_leaf, refuse_non_finite
+from jopt.quant._by_path import refuse_non_finite
 from jopt.quant._grids import Grid, symmetric
 from jopt.quant._quantize import check_values
 from jopt.quant._spec import QuantSpec, block_sizes

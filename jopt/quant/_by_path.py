@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt._leaves import is_compressed
 from jopt._trees import Filter, flatten_with_paths, is_floating, select
 
 _PATHS_SHOWN = 20
@@ -27,28 +26,6 @@ def refuse_non_finite(params: Any, where: Filter) -> None:
             return
         if spoiled:
             raise ValueError(f"{path}: values must be finite, but there is a NaN or an infinity.")
-
-
-def naming_leaf(function: Callable[..., Any], *rest: Any) -> Callable[..., Any]:
-    """Return `(path, leaf, *more) -> function(leaf, *more, *rest)` whose errors name the leaf.
-
-    Raises:
-      TypeError: when called, for a leaf that is compressed already.
-
-    Example:
-      >>> naming_leaf(round, 1)("dense/kernel", 0.25)
-      0.2
-    """
-
-    def apply(path: str, leaf: Any, *more: Any) -> Any:
-        if is_compressed(leaf):
-            raise TypeError(f"{path}: the leaf is compressed already ({type(leaf).__name__}).")
-        try:
-            return function(leaf, *more, *rest)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from None
-
-    return apply
 
 
 def selected(params: Any, where: Filter) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from jopt._trees import Filter, is_kernel, map_selected
+from jopt._trees import Filter, is_kernel, map_selected, naming_leaf
 from jopt.layers._outcome import Outcome, mapped, stacked_axes
 from jopt.layers._statistics import InputStatistics
-from jopt.quant._by_path import naming_leaf, refuse_non_finite
+from jopt.quant._by_path import refuse_non_finite
 from jopt.quant._grids import Leaf
 from jopt.quant._quantize import check_values, quantize
 from jopt.quant._spec import QuantSpec

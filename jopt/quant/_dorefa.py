@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from jopt._arrays import materialize, working_dtype
 from jopt._leaves import QTensor
-from jopt._trees import Filter, is_kernel, map_selected
+from jopt._trees import Filter, is_kernel, map_selected, naming_leaf
 from jopt.quant._blocks import split_blocks
-from jopt.quant._by_path import naming_leaf, refuse_non_finite
+from jopt.quant._by_path import refuse_non_finite
 from jopt.quant._code_ranges import block_counts
 from jopt.quant._grids import code_dtype
 from jopt.quant._quantize import check_values

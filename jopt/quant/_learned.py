@@ -8,8 +8,8 @@ quantized is written down once, in its keys.
 from collections.abc import Callable
 from typing import Any
 
-from jopt._trees import Filter, is_kernel
-from jopt.quant._by_path import in_both, map_with, naming_leaf, refuse_non_finite, selected
+from jopt._trees import Filter, is_kernel, naming_leaf
+from jopt.quant._by_path import in_both, map_with, refuse_non_finite, selected
 from jopt.quant._lsq import lsq, lsq_quantize
 from jopt.quant._lsq_init import lsq_init
 from jopt.quant._spec import QuantSpec

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from jopt._trees import Filter, is_kernel, map_selected
-from jopt.quant._by_path import naming_leaf, refuse_non_finite
+from jopt._trees import Filter, is_kernel, map_selected, naming_leaf
+from jopt.quant._by_path import refuse_non_finite
 from jopt.quant._quantize import fake_quantize, quantize
 from jopt.quant._spec import QuantSpec
 

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from jopt._arrays import materialize
-from jopt._trees import Filter, flatten_with_paths, is_kernel
+from jopt._trees import Filter, flatten_with_paths, is_kernel, naming_leaf
 from jopt.layers import Layer, find_layers, layer_inputs
 from jopt.layers._calibrate import map_over, shared_axes, subsample
 from jopt.layers._outcome import Outcome, keep_lower, mapped
 from jopt.layers._statistics import InputStatistics, InputSums, input_statistics
-from jopt.quant._by_path import naming_leaf, refuse_non_finite, selected
+from jopt.quant._by_path import refuse_non_finite, selected
 from jopt.quant._calibrated import Method, Report
 from jopt.quant._drift import Drift, corrected_weights, drifted_error
 from jopt.quant._grids import Leaf

@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 
 from jopt._arrays import expand_blocks, working_dtype
 from jopt._leaves import CodebookTensor
-from jopt._trees import Filter, is_kernel
+from jopt._trees import Filter, is_kernel, naming_leaf
 from jopt.quant._binary import with_slope
 from jopt.quant._blocks import merge_blocks, split_blocks
-from jopt.quant._by_path import in_both, map_with, naming_leaf, refuse_non_finite, selected
+from jopt.quant._by_path import in_both, map_with, refuse_non_finite, selected
 from jopt.quant._quantize import check_values
 from jopt.quant._spec import QuantSpec
 

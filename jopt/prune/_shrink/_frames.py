@@ -30,25 +30,10 @@ class Frame:
         """Return the axes of variables; literals are scalars and have none."""
         return [[] if isinstance(atom, core.Literal) else self.axes[atom] for atom in atoms]
 
-    def all_axes(self) -> list[Axis]:
-        """List the axes of all variables of this run, inner runs not counted."""
-        return [axis for axes in self.axes.values() for axis in axes]
-
 
 def shape_of(variable: Any) -> tuple[int, ...]:
     """Return the shape of a variable; what is no array counts as a scalar."""
     return tuple(getattr(variable.aval, "shape", ()))
-
-
-def closed_jaxprs(value: Any) -> list[tuple[core.Jaxpr, list[Any]]]:
-    """Return the jaxprs, with their constants, that a parameter of an equation holds."""
-    if isinstance(value, core.ClosedJaxpr):
-        return [(value.jaxpr, list(value.consts))]
-    if isinstance(value, core.Jaxpr):
-        return [(value, [])]
-    if isinstance(value, (tuple, list)):
-        return [pair for item in value for pair in closed_jaxprs(item)]
-    return []
 
 
 def fresh(variable: Any, reason: str | None = None) -> Axes:

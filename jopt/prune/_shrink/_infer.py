@@ -10,9 +10,9 @@ from typing import Any
 
 from jax.extend import core
 
-from jopt.layers._interpret import CALLS
+from jopt.layers._interpret import CALLS, inner_jaxprs
 from jopt.prune._shrink._axes import Axis, lock, unify
-from jopt.prune._shrink._frames import Axes, Frame, closed_jaxprs, fresh, unknown
+from jopt.prune._shrink._frames import Axes, Frame, fresh, unknown
 from jopt.prune._shrink._rules import ARRAY_RULES, Rule
 
 
@@ -42,7 +42,7 @@ def infer(
 
 
 def _call(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[Axes]:
-    found = [pair for value in equation.params.values() for pair in closed_jaxprs(value)][:1]
+    found = [pair for value in equation.params.values() for pair in inner_jaxprs(value)][:1]
     if not found or len(found[0][0].invars) != len(ins):
         return unknown(equation, ins, inner)
     frame, outs = infer(*found[0], ins)
@@ -53,7 +53,7 @@ def _call(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[
 def _scan(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[Axes]:
     params = equation.params
     first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-    ((body, consts),) = closed_jaxprs(params["jaxpr"])
+    ((body, consts),) = inner_jaxprs(params["jaxpr"])
     steps = [axes[0] for axes in ins[last:]]
     lock(steps, "scan runs along it")
     frame, outs = infer(body, consts, ins[:last] + [axes[1:] for axes in ins[last:]])
@@ -68,7 +68,7 @@ def _scan(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[
 
 def _cond(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list[Axes]:
     results = []
-    for jaxpr, consts in closed_jaxprs(equation.params["branches"]):
+    for jaxpr, consts in inner_jaxprs(equation.params["branches"]):
         frame, outs = infer(jaxpr, consts, ins[1:])
         inner.append(frame)
         results.append(outs)
@@ -83,11 +83,9 @@ def _while(equation: core.JaxprEqn, ins: list[Axes], inner: list[Frame]) -> list
     params = equation.params
     tests, bodies = params["cond_nconsts"], params["body_nconsts"]
     carry = ins[tests + bodies :]
-    frame, _ = infer(*closed_jaxprs(params["cond_jaxpr"])[0], ins[:tests] + carry)
+    frame, _ = infer(*inner_jaxprs(params["cond_jaxpr"])[0], ins[:tests] + carry)
     inner.append(frame)
-    frame, outs = infer(
-        *closed_jaxprs(params["body_jaxpr"])[0], ins[tests : tests + bodies] + carry
-    )
+    frame, outs = infer(*inner_jaxprs(params["body_jaxpr"])[0], ins[tests : tests + bodies] + carry)
     inner.append(frame)
     for start, end in zip(carry, outs, strict=True):
         for one, other in zip(start, end, strict=True):

@@ -17,9 +17,9 @@ Rule = Callable[[core.JaxprEqn, list[Axes], list[Frame]], list[Axes]]
 ELEMENTWISE = set(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp conj
-    convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv erfc exp exp2
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2
     expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne
-    neg nextafter not optimization_barrier or pow population_count real reduce_precision rem round
+    neg nextafter not or pow population_count real reduce_precision rem round
     rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
     stop_gradient sub tan tanh xor
     """.split()

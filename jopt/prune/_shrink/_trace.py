@@ -7,7 +7,7 @@ import jax
 
 from jopt._leaves import is_compressed
 from jopt._trees import flatten_with_paths
-from jopt.prune._shrink._axes import Axis, find, leaves, lock
+from jopt.prune._shrink._axes import Axis, all_leaves, lock
 from jopt.prune._shrink._frames import Axes, Frame
 from jopt.prune._shrink._infer import infer
 from jopt.prune._shrink._zeros import zero_leaves, zeros
@@ -72,8 +72,12 @@ def trace(apply: Apply, params: Any, args: tuple[Any, ...], same_outputs: bool =
     frame, outs = infer(closed.jaxpr, closed.consts, inputs)
     if same_outputs:
         lock([axis for out in outs for axis in out], "it belongs to an output of apply")
-    masked = {id(own) for own in axes}  # all others may hold anything at removed units
-    zeros(frame, [zero_leaves(own) if id(own) in masked else frozenset() for own in inputs])
+    # Masks reach parameters only: all others may hold anything at removed units.
+    masked = {place for place, own in zip(places, axes, strict=True) if own}
+    zeros(
+        frame,
+        [zero_leaves(own) if at in masked else frozenset() for at, own in enumerate(inputs)],
+    )
     return Trace(frame, paths, axes, places, jax.tree.structure(out_shapes))
 
 
@@ -83,13 +87,12 @@ def order_of_use(frame: Frame) -> list[int]:
 
     def visit(frame: Frame, outer: dict[Any, Any]) -> None:
         for number, equation in enumerate(frame.jaxpr.eqns):
-            here = [outer.get(atom) for atom in equation.invars if not hasattr(atom, "val")]
+            given = [None if hasattr(a, "val") else outer.get(a) for a in equation.invars]
             for inner in frame.inner[number]:
-                given = [outer.get(a) if not hasattr(a, "val") else None for a in equation.invars]
                 # Branches and loops hand over the last of their operands.
-                given = given[len(given) - len(inner.jaxpr.invars) :]
-                visit(inner, dict(zip(inner.jaxpr.invars, given, strict=False)))
-            for source in here:
+                last = given[len(given) - len(inner.jaxpr.invars) :]
+                visit(inner, dict(zip(inner.jaxpr.invars, last, strict=False)))
+            for source in given:
                 if source is not None:
                     first.setdefault(source, len(first))
 
@@ -99,11 +102,5 @@ def order_of_use(frame: Frame) -> list[int]:
 
 def free_leaves(axes: list[Axes]) -> list[Axis]:
     """List the leaves that nothing has locked, each once, in order of first occurrence."""
-    found: dict[Axis, None] = {}
-    for own in axes:
-        for axis in own:
-            for leaf in leaves(axis):
-                leaf = find(leaf)
-                if leaf.reason is None and leaf.size > 1:
-                    found[leaf] = None
-    return list(found)
+    every = all_leaves(axis for own in axes for axis in own)
+    return list(dict.fromkeys(leaf for leaf in every if leaf.reason is None and leaf.size > 1))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend import core
 
 from jopt.layers._interpret import CALLS
-from jopt.prune._shrink._axes import Axis, all_leaves, find, lock
+from jopt.prune._shrink._axes import Axis, all_leaves, lock
 from jopt.prune._shrink._frames import Axes, Frame
 from jopt.prune._shrink._rules import CUMULATIVE, REDUCTIONS, WINDOWS
 
@@ -25,8 +25,8 @@ Zeros = (
 # f(0) = 0
 _ODD = set(
     """
-    abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p device_put erf erf_inv
-    expm1 floor imag log1p name neg optimization_barrier real reduce_precision round sign sin sinh
+    abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p erf erf_inv
+    expm1 floor imag log1p name neg real reduce_precision round sign sin sinh
     sqrt square stop_gradient tan tanh
     """.split()
 )
@@ -208,4 +208,4 @@ def zeros(frame: Frame, inputs: Sequence[Zeros]) -> list[Zeros]:
 
 def zero_leaves(axes: Axes) -> Zeros:
     """Return where a masked parameter is zero: at the removed units of all of its leaves."""
-    return frozenset(find(leaf) for leaf in all_leaves(axes))
+    return frozenset(all_leaves(axes))
