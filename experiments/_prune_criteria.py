@@ -48,8 +48,8 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     levels: tuple[float, ...] = LEVELS
     batch: int = 128
-    dense: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 3, "cnn": 2})
-    after: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 2, "cnn": 1})
+    dense: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 2, "cnn": 1})
+    after: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 1, "cnn": 1})
     rate: float = 2e-3
     tuning_rate: float = 1e-3
     prune_every: int = 20
@@ -66,6 +66,8 @@ class Network:
       initial: key to fresh parameters.
       logits: `(params, images) -> logits` in training.
       visible: the same function with XLA's convolutions, whose kernels `calibrate` sees.
+      steady: `(params, images or None) -> apply` with each example for itself: batch norms use the
+        averages of these images, or do nothing.
       error: `(params, estimation images, (images, labels)) -> error rate`.
     """
 
@@ -74,6 +76,7 @@ class Network:
     initial: Callable[[Array], Tree]
     logits: Callable[[Tree, Array], Array]
     visible: Callable[[Tree, Array], Array]
+    steady: Callable[[Tree, Array | None], Callable[[Tree, Array], Array]]
     error: Callable[[Tree, Array, Any], float]
 
 
@@ -93,6 +96,18 @@ def _cnn_visible(params: Tree, images: Array) -> Array:
     return _cnn.training_logits(params, images, network=_cnn.traced_normed)
 
 
+def _cnn_steady(params: Tree, images: Array | None) -> Callable[[Tree, Array], Array]:
+    averages = _cnn.fresh_averages(params)
+    if images is not None:
+        averages = _cnn.estimate(params, _models.unchanged_inputs, images)
+
+    def apply(params: Tree, images: Array) -> Array:
+        variables = {"params": params, "batch_stats": averages}
+        return _cnn.traced_normed.apply(variables, images, False)  # pyright: ignore[reportReturnType]
+
+    return apply
+
+
 def _cnn_error(params: Tree, images: Array, part: Any) -> float:
     averages = _cnn.estimate(params, _models.unchanged_inputs, _train.normalize(images))
     return _cnn.error({"params": _cnn.fold(params, averages), "inputs": {}}, part)
@@ -105,6 +120,7 @@ NETWORKS = {
         lambda key: jax.jit(_lenet.init)(key, jnp.zeros((1, *_cnn.SHAPE)))["params"],
         _lenet_logits,
         _lenet_visible,
+        lambda params, images: _lenet_visible,
         lambda params, images, part: _train.error_rate(_lenet_logits, params, *part),
     ),
     "cnn": Network(
@@ -113,6 +129,7 @@ NETWORKS = {
         lambda key: _cnn.initial(key)[0],
         _cnn.training_logits,
         _cnn_visible,
+        _cnn_steady,
         _cnn_error,
     ),
 }
@@ -151,9 +168,11 @@ class Run:
         logits = self.network.logits(params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def visible_loss(self, params: Tree, images: Array, labels: Array) -> Array:
+    def visible_loss(
+        self, params: Tree, images: Array, labels: Array, temperature: float = 1.0
+    ) -> Array:
         """Return the same with convolutions that scores may differentiate twice."""
-        logits = self.network.visible(params, images)
+        logits = self.network.visible(params, images) / temperature
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def adam(self, rate: float, epochs: int) -> optax.GradientTransformation:
@@ -225,16 +244,30 @@ def _gradients(run: Run, params: Tree) -> Tree:
 
 
 def _fisher(run: Run, params: Tree, seed: int) -> Tree:
-    def loss(params: Tree, image: Array, label: Array) -> Array:
-        return run.visible_loss(params, image[None], label[None])
+    images, labels = run.examples()
+    apply = run.network.steady(params, images)
 
-    return prune.fisher_scores(params, prune.squared_gradients(loss, params, *run.examples()))
+    def loss(params: Tree, image: Array, label: Array) -> Array:
+        logits = apply(params, image[None])[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+    return prune.fisher_scores(params, prune.squared_gradients(loss, params, images, labels))
 
 
 def _statistics(run: Run, params: Tree) -> Any:
     images, _ = run.examples()
     batches = [images[at : at + 128] for at in range(0, len(images), 128)]
     return layers.calibrate(run.network.visible, params, batches, max_rows=4096)
+
+
+def _each_output(scores: Tree, level: float) -> Tree:
+    """Prune every output alike, but leave each its best weight: one of nine inputs has few."""
+
+    def best(score: Array, mask: Array) -> Array:
+        inputs = tuple(range(score.ndim - 1))
+        return mask | (score == jnp.max(score, axis=inputs, keepdims=True))
+
+    return jax.tree.map(best, scores, prune.output_topk_masks(scores, level))
 
 
 def _sparse_gpt(run: Run, dense: Tree, level: float, seed: int) -> Tree:
@@ -292,7 +325,8 @@ def _rigl(run: Run, masks: Tree, end: int, seed: int) -> Any:
 
 
 def _grasp(run: Run, params: Tree, level: float, seed: int) -> Tree:
-    scores = jax.jit(partial(prune.grasp_scores, run.visible_loss))(params, *run.examples())
+    loss = partial(run.visible_loss, temperature=200.0)  # the paper's
+    scores = jax.jit(partial(prune.grasp_scores, loss))(params, *run.examples())
     return prune.global_topk_masks(scores, level)
 
 
@@ -302,7 +336,8 @@ def _snip(run: Run, params: Tree, level: float, seed: int) -> Tree:
 
 
 def _synflow(run: Run, params: Tree, level: float, seed: int) -> Tree:
-    return prune.synflow_masks(run.network.visible, params, level, run.examples()[0][:2])
+    apply = run.network.steady(params, None)
+    return prune.synflow_masks(apply, params, level, run.examples()[0][:2])
 
 
 # (how, criterion): how a row is made.
@@ -322,7 +357,7 @@ ROWS: dict[tuple[str, str], Make] = {
     ("once", "Fisher"): _once(_fisher),
     ("once", "Wanda"): _once(
         lambda run, params, seed: prune.wanda_scores(params, _statistics(run, params))[0],
-        prune.output_topk_masks,
+        _each_output,
     ),
     ("once", "SparseGPT"): _sparse_gpt,
     ("gradual", "random"): _gradual(

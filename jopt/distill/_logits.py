@@ -6,17 +6,12 @@ Losses are per example, the caller reduces (`.mean()`), and no gradient flows in
 import jax
 import jax.numpy as jnp
 
-
-def _check_logits(student_logits: jax.Array, teacher_logits: jax.Array) -> None:
-    if student_logits.shape != teacher_logits.shape or student_logits.ndim == 0:
-        raise ValueError(
-            "student_logits and teacher_logits must have the same shape (..., classes), not "
-            f"{student_logits.shape} and {teacher_logits.shape}."
-        )
+from jopt.distill._checks import Scalar, check_fraction, check_labels
+from jopt.distill._divergences import softened
 
 
 def soft_cross_entropy(
-    student_logits: jax.Array, teacher_logits: jax.Array, temperature: float | jax.Array = 1.0
+    student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0
 ) -> jax.Array:
     """Measure the cross-entropy of the student's softened distribution under the teacher's.
 
@@ -44,20 +39,16 @@ def soft_cross_entropy(
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
       https://arxiv.org/abs/1503.02531, section 2.
     """
-    _check_logits(student_logits, teacher_logits)
-    if isinstance(temperature, (int, float)) and not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature!r}.")
-    targets = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits) / temperature, axis=-1)
-    log_probs = jax.nn.log_softmax(student_logits / temperature, axis=-1)
-    return -(temperature**2) * jnp.sum(targets * log_probs, axis=-1)
+    log_probs, log_targets = softened(student_logits, teacher_logits, temperature)
+    return -(temperature**2) * jnp.sum(jnp.exp(log_targets) * log_probs, axis=-1)
 
 
 def distillation_loss(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
     labels: jax.Array,
-    temperature: float | jax.Array = 4.0,
-    soft_weight: float | jax.Array = 0.9,
+    temperature: Scalar = 4.0,
+    soft_weight: Scalar = 0.9,
 ) -> jax.Array:
     """Mix the teacher's soft targets with the hard labels.
 
@@ -88,15 +79,8 @@ def distillation_loss(
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
       https://arxiv.org/abs/1503.02531, section 2.
     """
-    if labels.shape != student_logits.shape[:-1]:
-        raise ValueError(
-            f"labels must have shape {student_logits.shape[:-1]}, one per example, "
-            f"not {labels.shape}."
-        )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be whole numbers, not {labels.dtype}.")
-    if isinstance(soft_weight, (int, float)) and not 0 <= soft_weight <= 1:
-        raise ValueError(f"soft_weight must lie in [0, 1], not {soft_weight!r}.")
+    check_labels(labels, student_logits.shape[:-1])
+    check_fraction("soft_weight", soft_weight)
     soft = soft_cross_entropy(student_logits, teacher_logits, temperature)
     log_probs = jax.nn.log_softmax(student_logits, axis=-1)
     hard = -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
