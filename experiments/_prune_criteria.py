@@ -47,11 +47,11 @@ class Settings:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     levels: tuple[float, ...] = LEVELS
-    batch: int = 128
+    batch: int = 64
     dense: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 2, "cnn": 1})
     after: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 1, "cnn": 1})
     rate: float = 2e-3
-    tuning_rate: float = 1e-3
+    tuning_rate: float = 2e-3
     prune_every: int = 20
     rewire_every: int = 100
 
@@ -211,9 +211,9 @@ class Run:
         return self.fit("held", tx, masked, self.after, seed, 2)
 
     def gradually(self, name: str, criterion: Any, level: float, params: Tree, seed: int) -> Tree:
-        """Remove weights over two thirds of the epochs after the dense training."""
+        """Remove weights over half of the epochs after the dense training."""
         epochs = self.after
-        schedule = prune.cubic_schedule(level, 0, self.epoch * epochs * 2 // 3)
+        schedule = prune.cubic_schedule(level, 0, self.epoch * epochs // 2)
         every = max(1, min(self.settings.prune_every, self.epoch // 2))
         rule = prune.gradual(schedule, every, criterion)
         tx = prune.sparse_training(self.adam(self.settings.tuning_rate, epochs), rule)

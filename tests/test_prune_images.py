@@ -57,7 +57,7 @@ def test_extreme_runs_resumes_and_keeps_what_it_promises(tmp_path, monkeypatch):
 
 
 def test_a_recipe_ends_with_exactly_the_weights_that_it_names():
-    recipe = _prune_extreme.Recipe(7, 0.0, 1, 3, 1, rate=1e-2, decay=0.1, power=4)
+    recipe = _prune_extreme.Recipe(7, 0.0, 1, 3, 1, rate=1e-2, decay=0.1, power=4, temperature=1)
     rng = np.random.default_rng(0)
     params: Any = {
         "kernel": jnp.asarray(rng.normal(size=(9, 11)), jnp.float32),

@@ -96,8 +96,8 @@ def reverse_kd_loss(
     Example:
       >>> import jax.numpy as jnp
       >>> teacher = jnp.log(jnp.array([[0.75, 0.25]]))  # 0.5 log (2/3) + 0.5 log 2
-      >>> print(reverse_kd_loss(jnp.zeros((1, 2)), teacher).round(4))
-      [0.1438]
+      >>> round(reverse_kd_loss(jnp.zeros((1, 2)), teacher).item(), 4)
+      0.1438
 
     References:
       Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", 2023,

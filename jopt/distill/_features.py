@@ -59,8 +59,9 @@ def attention_map(features: jax.Array, power: int = 2) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> print(attention_map(jnp.array([[[1.0, 1.0, 1.0], [2.0, 0.0, 0.0]]])).round(4))
-      [[0.6 0.8]]
+      >>> found = attention_map(jnp.array([[[1.0, 1.0, 1.0], [2.0, 0.0, 0.0]]]))
+      >>> [round(x, 4) for x in found[0].tolist()]
+      [0.6, 0.8]
     """
     if features.ndim < 3:
         raise ValueError(
