@@ -105,19 +105,22 @@ def plot(rows: dict[str, list[Row]], file: Path) -> None:
         "scratch": "sparse from the start",
     }
     figure, axes = pyplot.subplots(
-        len(rows), len(ways), figsize=(12, 3.6 * len(rows)), squeeze=False, sharey="row"
+        len(rows), len(ways), figsize=(12, 3.6 * len(rows) + 0.6), squeeze=False, sharey="row"
     )
+    criteria = dict.fromkeys(row["criterion"] for own in rows.values() for row in own[1:])
+    looks = _looks([name for name in criteria if name != "random"])
     for line, (network, own) in zip(axes, rows.items(), strict=True):
         for axis, how in zip(line, ways, strict=True):
             dense = 100 * (1 - own[0]["mean_test"])
             axis.axhline(dense, color="0.6", linewidth=1, linestyle=":")
             kinds = dict.fromkeys(row["criterion"] for row in own[1:] if row["how"] == how)
-            for number, criterion in enumerate(kinds):
+            for criterion in kinds:
                 picked = [r for r in own if (r["how"], r["criterion"]) == (how, criterion)]
                 left = [100 * (1 - row["level"]) for row in picked]
                 errors = np.array([[100 * (1 - test) for test in row["test"]] for row in picked])
-                color = f"C{number}" if criterion != "random" else "0.35"
-                axis.plot(left, errors.mean(1), "o-", color=color, markersize=3, label=criterion)
+                color, marker = looks[criterion]
+                about = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.3}
+                axis.plot(left, errors.mean(1), label=criterion, **about)
                 axis.fill_between(left, errors.min(1), errors.max(1), color=color, alpha=0.15)
             axis.set_xscale("log")
             axis.set_yscale("log")
@@ -126,13 +129,23 @@ def plot(rows: dict[str, list[Row]], file: Path) -> None:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
             axis.set_title(f"{TITLES[network]}\n{titles[how]}", fontsize=9)
-            if kinds:
-                axis.legend(fontsize=7, frameon=False)
             axis.set_xlabel("weights left in kernels, %")
         _plain_ticks(line[0])
         line[0].set_ylabel("test error, %")
-    figure.tight_layout()
+    found = [axis.get_legend_handles_labels() for axis in axes.ravel()]
+    lines = {
+        name: line for handles, names in found for line, name in zip(handles, names, strict=True)
+    }
+    if lines:
+        figure.legend(lines.values(), lines, fontsize=8, frameon=False, ncols=7, loc="lower center")
+    figure.tight_layout(rect=(0, 0.6 / figure.get_size_inches()[1], 1, 1))
     _report.save_plot(figure, file)
+
+
+def _looks(criteria: list[str]) -> dict[str, tuple[str, str]]:
+    """Give every criterion one colour and marker, the same in all panels."""
+    found = {name: (f"C{n % 10}", "os"[n // 10 % 2]) for n, name in enumerate(criteria)}
+    return found | {"random": ("0.35", "o")}
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -60,7 +60,7 @@ def plot(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter, PercentFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, goal in goals.items():
@@ -71,21 +71,24 @@ def plot(
         axes.annotate(
             f"mean {row['mean_test_error']:.2%}",
             (row["mean_ratio"], row["mean_test_error"]),
-            xytext=(0, -16),
-            ha="center",
+            xytext=(9, 0),
+            va="center",
             **about,
         )
         if data != "mnist":
             continue
         for author, place in PUBLISHED[name].items():
             axes.plot(*place, "o", color=points.get_color(), fillstyle="none")
-            axes.annotate(author, place, xytext=(0, 7), ha="center", **about)
+            below = place[0] >= goal[0]  # above are the goal and jopt's own
+            offset = (0, -15) if below else (0, 7)
+            axes.annotate(author, place, xytext=offset, ha="center", **about)
         axes.plot(*goal, "_", color="gray", markersize=16, zorder=0)
     if data == "mnist":
         axes.plot([], [], "o", color="gray", fillstyle="none", label="reported by others")
         axes.plot([], [], "_", color="gray", markersize=16, label="goal")
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.yaxis.set_major_locator(MultipleLocator(0.005))
     axes.margins(x=0.12, y=0.12)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
