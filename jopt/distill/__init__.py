@@ -22,8 +22,8 @@ Linen: name the modules, and
 or `self.sow("intermediates", "attention", scores)` inside a module for what no module returns. Nnx:
 `self.sow(nnx.Intermediate, "features", hidden)` inside a module, then
 
-    logits = model(images)
-    features = nnx.pop(model, nnx.Intermediate)["block_2"]["features"][0]
+    logits, state = nnx.capture(model, nnx.Intermediate)(images)
+    features = state["block_2"]["features"][0]
 
 Where widths differ, the student's features go through a projector (`init_projector`, `project`)
 whose parameters are trained in the same tree as the student's.
