@@ -296,6 +296,35 @@ def test_student_and_projector_learn_in_one_chain():
         assert not np.allclose(trained[name]["kernel"], params[name]["kernel"])
 
 
+def test_each_student_of_a_chain_learns_from_the_one_before():
+    """Born-again students of a linear teacher, each trained on the answers of the last."""
+    inputs = jnp.asarray(RNG.normal(size=(32, 4)).astype(np.float32))
+    teacher = jnp.asarray(RNG.normal(size=(4, 3)).astype(np.float32))
+    asked = []
+
+    def train(teacher):
+        asked.append(teacher)
+        tx = optax.adam(0.1)
+
+        def step(carry, _):
+            params, state = carry
+            gradient = jax.grad(
+                lambda p: distill.kd_loss(inputs @ p, inputs @ teacher, 1.0).mean()
+            )(params)
+            updates, state = tx.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = jnp.zeros((4, 3))
+        return jax.lax.scan(step, (start, tx.init(start)), length=200)[0][0]
+
+    students: Any = distill.distill_chain(teacher, [train, train])
+    assert asked[0] is teacher and asked[1] is students[0] and len(students) == 2
+    joint = distill.ensemble_logits(inputs @ jnp.stack(students))
+    assert distill.kd_loss(joint, inputs @ teacher, 1.0).mean() < 1e-2
+    with pytest.raises(ValueError, match="students must hold at least one function"):
+        distill.distill_chain(teacher, [])
+
+
 def test_weights_may_be_schedules(variant):
     losses = {"hint": jnp.array([1.0, 2.0]), "kd": jnp.array([10.0, 20.0])}
     schedule = optax.linear_schedule(1.0, 0.0, 10)

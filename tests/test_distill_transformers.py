@@ -284,6 +284,8 @@ def test_another_divergence_replaces_the_default():
     expected = 2.0 * 5 * oracles.hidden_state_loss(*LOGITS, np.asarray(MASK))
     loss = word_level_loss(*LOGITS, MASK, 2.0, squares)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    to_teacher = jax.grad(lambda t: word_level_loss(LOGITS[0], t, MASK, 2.0, squares).sum())
+    chex.assert_trees_all_equal(to_teacher(LOGITS[1]), jnp.zeros_like(LOGITS[1]))
 
 
 def prefix_logits(tokens, table):

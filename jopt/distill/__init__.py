@@ -35,6 +35,7 @@ from jopt.distill._attention_maps import (
     relation_loss,
 )
 from jopt.distill._cache import TeacherCache, cache_teacher, open_teacher_cache
+from jopt.distill._chain import distill_chain
 from jopt.distill._contrastive import (
     ContrastiveState,
     contrastive_init,
@@ -88,6 +89,7 @@ __all__ = [
     "correlation_congruence_loss",
     "cosine_loss",
     "dist_loss",
+    "distill_chain",
     "distillation_loss",
     "dkd_loss",
     "ensemble_logits",
