@@ -122,11 +122,7 @@ def test_a_permuted_batch_has_permuted_losses(loss, oracle, least):
 
 @every_loss
 def test_relations_do_not_change_with_the_scale_of_the_features(loss, oracle, least):
-    """Similarities are of directions, distances and angles of shapes."""
-    if loss is similarity_preserving_loss:
-        scaled = loss(3 * STUDENT, 0.5 * TEACHER)  # its rows' norms do count, one scale does not
-    else:
-        scaled = loss(8 * STUDENT, 0.25 * TEACHER)
+    scaled = loss(8 * STUDENT, 0.25 * TEACHER)
     np.testing.assert_allclose(scaled, loss(STUDENT, TEACHER), rtol=1e-5)
 
 
@@ -156,6 +152,12 @@ def test_distances_are_normalised_by_the_mean_over_twins_too():
     huber = errors**2 / 2
     expected = [(huber[0] + huber[1]) / 2, (huber[0] + huber[2]) / 2, (huber[1] + huber[2]) / 2]
     np.testing.assert_allclose(rkd_distance_loss(student, teacher), expected, rtol=1e-5)
+
+
+def test_an_angle_at_a_twin_has_the_cosine_zero_and_counts_only_distinct_places():
+    student: Any = np.array([[0.0], [0.0], [1.0]], np.float32)  # cosines 0, 0, 1
+    teacher: Any = np.array([[0.0], [1.0], [2.0]], np.float32)  # cosines 1, -1, 1
+    np.testing.assert_allclose(rkd_angle_loss(student, teacher), [0.5, 0.5, 0.0], atol=1e-6)
 
 
 def test_means_of_the_relational_losses_stand_to_the_authors_as_documented():

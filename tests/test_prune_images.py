@@ -1,6 +1,7 @@
 """The pruning experiment runs, resumes, counts what is left, and keeps its parts apart."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -125,3 +126,28 @@ def test_networks_are_shrunk_and_timed(tmp_path):
     (row,) = json.loads((tmp_path / "bench_shrink-smoke.json").read_text())["figures"].values()
     assert row["parameters"][1] < row["parameters"][0] / 3
     assert row["largest_difference"] < 1e-4 * row["largest_output"]
+
+
+def test_every_pruned_network_of_the_readme_is_in_the_results():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    figures = json.loads((_results.RESULTS / "prune_images.json").read_text())["figures"]
+    for name, row in figures["extreme"]["networks"].items():
+        if name == "teacher":
+            continue
+        (line,) = [each for each in readme.splitlines() if each.startswith(f"| `{name}`, ")]
+        tests = [100 * each["test_error"] for each in row["seeds"]]
+        wanted = f"| {row['mean_ratio']:.0f}x | {100 * row['mean_test_error']:.2f} % "
+        wanted += f"({min(tests):.2f} to {max(tests):.2f}) | {row['mean_bytes']:,.0f} |"
+        assert wanted in line
+    channels = figures["channels"]
+    for row in channels["criteria"]:
+        (line,) = [each for each in readme.splitlines() if f"| {row['criterion']}, " in each]
+        means = [100 * sum(column) / len(column) for column in zip(
+            *(each["test"] for each in row["seeds"]), strict=True
+        )]  # fmt: skip
+        assert (
+            f"| {row['fewer_multiply_adds']:.2f}x | {means[0]:.2f} % | {means[1]:.2f} % |" in line
+        )
+    for batch, row in channels["latency"].items():
+        words = f"{row['dense_ms']:.2f} ms to {row['shrunk_ms']:.2f} ms, {row['faster']:.1f} times"
+        assert f"batch {batch} from {words}" in " ".join(readme.split())

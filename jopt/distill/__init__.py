@@ -1,7 +1,8 @@
 """Distillation: losses that let a small student learn from a large teacher.
 
 Every loss is a pure function of activations that returns one number for each example; the caller
-reduces (`.mean()`), weights (`weighted_sum`) and differentiates. No gradient flows into a teacher.
+reduces (`.mean()`), weights (`weighted_sum`) and differentiates. No gradient flows into a teacher;
+`contrastive_loss` alone trains a projection of the teacher's features beside the student's.
 A student may be the pruned or quantized teacher itself, since all of jopt is functions of
 parameters:
 

@@ -167,7 +167,7 @@ def _measured_log_normalizer(scores: jax.Array, examples: int) -> jax.Array:
 
 def _direction(scores: jax.Array, log_normalizer: jax.Array, examples: int) -> jax.Array:
     """Return the loss of one side's scores against the other side's bank."""
-    measured = jax.lax.stop_gradient(_measured_log_normalizer(scores, examples))
+    measured = _measured_log_normalizer(scores, examples)
     log_normalizer = jnp.where(jnp.isneginf(log_normalizer), measured, log_normalizer)
     count = scores.shape[1] - 1
     log_odds = scores - jax.lax.stop_gradient(log_normalizer) - math.log(count / examples)
