@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt.distill._checks import check_mask, check_same_shape, masked_mean, zero_padding
+from jopt.distill._divergences import relative_entropy
 
 
 def _check_maps(student: jax.Array, teacher: jax.Array, mask: jax.Array | None, what: str) -> None:
@@ -42,7 +43,7 @@ def _softmax_divergence(
     lowest = float(jnp.finfo(student_scores.dtype).min) / 2
     log_student = jax.nn.log_softmax(_keep_pairs(student_scores, pairs, lowest), axis=-1)
     log_teacher = jax.nn.log_softmax(_keep_pairs(teacher_scores, pairs, lowest), axis=-1)
-    rows = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
+    rows = relative_entropy(log_teacher, log_student)
     return masked_mean(rows, None if mask is None else mask[:, None, :], (1, 2))
 
 

@@ -160,6 +160,20 @@ def _scores(
     return products / temperature
 
 
+def _both_scores(
+    state: ContrastiveState,
+    student: jax.Array,
+    teacher: jax.Array,
+    places: jax.Array,
+    temperature: Scalar,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the student's scores against the teacher's bank, and the other way round."""
+    return (
+        _scores(student, state.teacher_bank, places, temperature),
+        _scores(teacher, state.student_bank, places, temperature),
+    )
+
+
 def _measured_log_normalizer(scores: jax.Array, examples: int) -> jax.Array:
     """Return `log(examples * mean(exp(scores)))`."""
     return jax.nn.logsumexp(scores) + math.log(examples / scores.size)
@@ -235,8 +249,7 @@ def contrastive_loss(
         state, student_embeddings, teacher_embeddings, indices, negatives
     )
     examples = state.student_bank.shape[0]
-    student_scores = _scores(student, state.teacher_bank, places, temperature)
-    teacher_scores = _scores(teacher, state.student_bank, places, temperature)
+    student_scores, teacher_scores = _both_scores(state, student, teacher, places, temperature)
     return _direction(student_scores, state.student_log_normalizer, examples) + _direction(
         teacher_scores, state.teacher_log_normalizer, examples
     )
@@ -244,14 +257,8 @@ def contrastive_loss(
 
 def _first_normalizers(state, student, teacher, places, temperature):
     examples = state.student_bank.shape[0]
-    return (
-        _measured_log_normalizer(
-            _scores(student, state.teacher_bank, places, temperature), examples
-        ),
-        _measured_log_normalizer(
-            _scores(teacher, state.student_bank, places, temperature), examples
-        ),
-    )
+    both = _both_scores(state, student, teacher, places, temperature)
+    return tuple(_measured_log_normalizer(scores, examples) for scores in both)
 
 
 def _same_normalizers(state, student, teacher, places, temperature):

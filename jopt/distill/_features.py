@@ -113,11 +113,13 @@ def attention_transfer_loss(
     return jnp.mean((student - teacher) ** 2, axis=-1)
 
 
-def _check_places(student: jax.Array, teacher: jax.Array) -> None:
-    if student.shape[:-1] != teacher.shape[:-1] or student.ndim < 3:
+def _check_places(
+    one: jax.Array, other: jax.Array, names: str = "student_features and teacher_features"
+) -> None:
+    if one.shape[:-1] != other.shape[:-1] or one.ndim < 3:
         raise ValueError(
-            "student_features and teacher_features must have shape (examples, places..., channels) "
-            f"and differ in channels only, not {student.shape} and {teacher.shape}."
+            f"{names} must have shape (examples, places..., channels) and differ in channels only, "
+            f"not {one.shape} and {other.shape}."
         )
 
 
@@ -146,11 +148,7 @@ def flow_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
       Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and
       Transfer Learning", 2017, equation 1.
     """
-    if first.shape[:-1] != second.shape[:-1] or first.ndim < 3:
-        raise ValueError(
-            "first and second must have shape (examples, places..., channels) and differ in "
-            f"channels only, not {first.shape} and {second.shape}."
-        )
+    _check_places(first, second, "first and second")
     first, second = (each.reshape(each.shape[0], -1, each.shape[-1]) for each in (first, second))
     return jnp.einsum("bpi,bpj->bij", first, second) / first.shape[1]
 

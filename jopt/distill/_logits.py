@@ -5,6 +5,7 @@ Losses are per example, the caller reduces (`.mean()`), and no gradient flows in
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jopt.distill._checks import Scalar, check_fraction, check_labels
 from jopt.distill._divergences import softened
@@ -82,6 +83,5 @@ def distillation_loss(
     check_labels(labels, student_logits.shape[:-1])
     check_fraction("soft_weight", soft_weight)
     soft = soft_cross_entropy(student_logits, teacher_logits, temperature)
-    log_probs = jax.nn.log_softmax(student_logits, axis=-1)
-    hard = -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+    hard = optax.softmax_cross_entropy_with_integer_labels(student_logits, labels)
     return soft_weight * soft + (1 - soft_weight) * hard

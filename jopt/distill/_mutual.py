@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jopt.distill._checks import Scalar, check_labels, check_positive
 from jopt.distill._divergences import relative_entropy
@@ -52,6 +53,6 @@ def mutual_loss(logits: jax.Array, labels: jax.Array, temperature: Scalar = 1.0)
         jnp.broadcast_to(log_probs[None], (students, *log_probs.shape)),
     )
     apart = jnp.sum(pairs, axis=0) / (students - 1)
-    chosen = jnp.broadcast_to(labels[None, ..., None], (students, *labels.shape, 1))
-    hard = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), chosen, axis=-1)[..., 0]
+    labels = jnp.broadcast_to(labels, (students, *labels.shape))
+    hard = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return hard + temperature**2 * apart

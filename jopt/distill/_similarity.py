@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt.distill._checks import Scalar, check_positive, paired_features, unit_vectors
+from jopt.distill._divergences import relative_entropy
 
 _LEAST_KERNEL = 1e-7  # of float32's rounding of (cosine + 1) / 2
 
@@ -147,5 +148,4 @@ def pkt_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Ar
       https://arxiv.org/abs/1803.10837, section 3.
     """
     student, teacher = paired_features(student_features, teacher_features, least=3)
-    log_student, log_teacher = _log_neighbours(student), _log_neighbours(teacher)
-    return jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=1)
+    return relative_entropy(_log_neighbours(teacher), _log_neighbours(student))

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jopt.distill._checks import safe_norm
+
 
 def standardize_logits(logits: jax.Array, epsilon: float = 1e-7) -> jax.Array:
     """Shift and scale the logits of every example to mean zero and standard deviation one.
@@ -35,7 +37,5 @@ def standardize_logits(logits: jax.Array, epsilon: float = 1e-7) -> jax.Array:
     if logits.ndim == 0:
         raise ValueError("logits must have shape (..., classes), not ().")
     centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
-    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
-    positive = variance > 0
-    deviation = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    deviation = safe_norm(centred, keepdims=True) / logits.shape[-1] ** 0.5
     return centred / (deviation + epsilon)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jopt.distill._checks import (
     Scalar,
@@ -18,9 +19,7 @@ from jopt.distill._hidden_states import cosine_loss
 def _masked_word_loss(logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Average the cross-entropy of labels over the real tokens that have one."""
     labelled = labels >= 0 if mask is None else (labels >= 0) & mask
-    chosen = jnp.maximum(labels, 0)[..., None]
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    losses = -jnp.take_along_axis(log_probs, chosen, axis=-1)[..., 0]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     return masked_mean(losses, labelled, (1,))
 
 
