@@ -3,7 +3,8 @@
 Three ways to a sparse network, each with the same epochs within itself:
 
 - *once*: train dense, remove everything at once, fine-tune with the masks held;
-- *gradual*: train dense, remove along Zhu and Gupta's cubic schedule while training on, fine-tune;
+- *gradual*: train dense, remove along Zhu and Gupta's cubic schedule while training on, fine-tune
+  (movement's scores are trained along, and what was removed may come back);
 - *scratch*: sparse from the first step, as many epochs as the others together.
 
 All kernels are pruned, biases and batch norms are not. The test images are looked at once for every
@@ -39,6 +40,7 @@ from jopt import layers, prune
 Tree = Any
 LEVELS = (0.8, 0.9, 0.95, 0.98, 0.99)
 EXAMPLES = 1024  # training images that scores and statistics are taken from
+SCORE_RATE = 1e-2  # Adam's, of the scores of movement pruning, as in the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +221,35 @@ class Run:
         tx = prune.sparse_training(self.adam(self.settings.tuning_rate, epochs), rule)
         return self.fit((name, level), tx, params, epochs, seed, 2)
 
+    def moved(self, level: float, params: Tree, seed: int) -> Tree:
+        """Remove as `gradually` does, by scores that are trained along: weights may come back."""
+        epochs, every = self.after, max(1, min(self.settings.prune_every, self.epoch // 2))
+        total = self.epoch * epochs
+        schedule = prune.cubic_schedule(level, 0, total // 2)
+
+        def loss(both: Tree, images: Array, labels: Array, key: Array, level: Array) -> Array:
+            return self.loss(
+                prune.movement_params(*both, level, prune.global_topk_masks), images, labels
+            )
+
+        rates = {
+            "params": self.adam(self.settings.tuning_rate, epochs),
+            "scores": optax.adam(SCORE_RATE),
+        }
+        tx = optax.multi_transform(rates, ("params", "scores"))
+        step = self.steps.setdefault("moved", _train.make_step(loss, tx))
+        key = jax.random.fold_in(jax.random.key(seed), 2)
+        carry = _train.start((params, jax.tree.map(jnp.zeros_like, params)), tx, key)
+        for epoch in range(epochs):
+            order_key = jax.random.fold_in(key, epoch)
+            order = _train.epoch_order(order_key, len(self.train[1]), self.settings.batch)
+            for at in range(0, len(order), every):
+                now = jnp.float32(schedule(epoch * self.epoch + at))
+                some = order[at : at + every]
+                carry, _ = _train.run_epoch(step, carry, *self.train, some, now)
+        params, scores = carry.params
+        return prune.apply_masks(params, prune.global_topk_masks(scores, level))
+
     def from_scratch(self, name: str, tx: Any, params: Tree, seed: int) -> Tree:
         """Train a network that is sparse from the start."""
         return self.fit(name, tx, params, self.dense_epochs + self.after, seed, 1)
@@ -365,7 +396,7 @@ ROWS: dict[tuple[str, str], Make] = {
     ),
     ("gradual", "magnitude"): _gradual("magnitude", prune.magnitude_scores),
     ("gradual", "LAMP"): _gradual("LAMP", prune.lamp_scores),
-    ("gradual", "movement"): _gradual("movement", prune.movement()),
+    ("gradual", "movement"): lambda run, dense, level, seed: run.moved(level, dense, seed),
     ("gradual", "Fisher"): _gradual("Fisher", prune.fisher()),
     ("scratch", "random"): _at_start(_random_masks),
     ("scratch", "SNIP"): _at_start(_snip),
@@ -374,6 +405,18 @@ ROWS: dict[tuple[str, str], Make] = {
     ("scratch", "SET"): _rewired("SET", _set),
     ("scratch", "RigL"): _rewired("RigL", _rigl),
 }
+
+
+def start_scales(run: Run, seed: int, level: float = 0.9) -> dict[str, float]:
+    """Return how many times larger logits are once masks are put on fresh parameters."""
+    params, (images, _) = _fresh(run, seed), run.examples()
+    before = jnp.std(run.network.visible(params, images))
+    makers = {"random": _random_masks, "SNIP": _snip, "GraSP": _grasp, "SynFlow": _synflow}
+    found = {}
+    for name, masks_of in makers.items():
+        masked = prune.apply_masks(params, masks_of(run, params, level, seed))
+        found[name] = round(float(jnp.std(run.network.visible(masked, images)) / before), 4)
+    return found
 
 
 TRIED = (("once", "SparseGPT"), ("gradual", "movement"), ("scratch", "RigL"))  # in a trial
@@ -431,12 +474,13 @@ def run(
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
     settings = Settings(seeds=seeds)
     settings = settings if head is None else smoke(settings)
-    about, rows, tags = {}, {}, set()
+    about, rows, scales, tags = {}, {}, {}, set()
     for network in NETWORKS.values():
         data = _data.load_or_exit(dataset or network.dataset, console.print)
         data = data if head is None else _data.head(data, head)
         each = Run(network, data, settings, work, console.print)
         rows[network.name] = _prune_criteria_report.joined([measure(each, seed) for seed in seeds])
+        scales[network.name] = start_scales(each, seeds[0])
         about[network.name] = {
             "name": data.name,
             "source": data.source,
@@ -450,7 +494,7 @@ def run(
     return {
         "tag": tag,
         "data": about,
-        "settings": dataclasses.asdict(settings) | {"examples": EXAMPLES},
-        "figures": rows,
+        "settings": dataclasses.asdict(settings) | {"examples": EXAMPLES, "score_rate": SCORE_RATE},
+        "figures": {"networks": rows, "logits_with_masks_at_90_over_without": scales},
         "targets": targets,
     }

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import (
     _data,
+    _parts,
     _prune_criteria,
     _prune_extreme,
     _results,
@@ -83,9 +84,9 @@ def test_a_part_is_replaced_without_losing_the_others():
         target = _results.target("error", value, 1.0, "lower")
         return {"data": value, "settings": {}, "figures": {"error": value}, "targets": [target]}
 
-    results = prune_images.joined({}, "first", made(2.0))
-    results = prune_images.joined(results, "second", made(0.5))
-    results = prune_images.joined(results, "first", made(0.25))
+    results = _parts.joined({}, "prune_images", "first", made(2.0))
+    results = _parts.joined(results, "prune_images", "second", made(0.5))
+    results = _parts.joined(results, "prune_images", "first", made(0.25))
     assert results["data"] == {"first": 0.25, "second": 0.5}
     assert results["figures"]["second"] == {"error": 0.5} and set(results["runs"]) == set(
         results["settings"]
@@ -107,7 +108,7 @@ def test_every_way_of_pruning_and_channels_run_on_little_data(tmp_path, monkeypa
     prune_images.main([*arguments, "--out", str(out)])
     (file,) = out.glob("*.json")
     figures = json.loads(file.read_text())["figures"]
-    for rows in figures["criteria"].values():
+    for rows in figures["criteria"]["networks"].values():
         dense, *pruned = rows
         assert dense["sparsity"] == [0.0] and len(pruned) == len(_prune_criteria.TRIED)
         for row in pruned:

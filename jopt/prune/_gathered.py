@@ -21,9 +21,14 @@ def movement() -> Criterion:
     """Make the criterion that follows whether weights move away from zero or towards it.
 
     `S = - sum over steps of w g`: a step of descent moves a weight by a multiple of -g, so that S
-    rises while |w| grows. A weight held at zero keeps its score; in the paper pruned weights go on
-    moving and may come back, for which see `movement_params`. The paper's learning rate of scores
-    is left out: a common factor does not change the order.
+    rises while |w| grows. The paper's learning rate of scores is left out: a common factor does not
+    change the order.
+
+    A weight held at zero keeps its score, so with `gradual` it never comes back. In the paper it
+    may: when a large weight that matters is removed by the noise of a few steps, the loss asks for
+    it at once. Without that, this criterion removes just such weights, and a network that has
+    converged can lose more than by random pruning. For the paper's method use `movement_params`;
+    use this one where the scores of many steps are known before anything is removed.
 
     Returns:
       A `Criterion` whose state and scores are trees like the parameters, in float32 or wider;

@@ -1,0 +1,385 @@
+"""One small student, taught by every method; and by few labels.
+
+The teacher is a residual network, trained with labels on images that are mirrored and shifted anew
+at every step. It is asked once about copies of the training images (`_distill_training`). Every
+student has the same architecture, start, order of images and number of steps within a seed, and
+differs in its loss alone. Beside the methods on single pairs there are chains
+(`jopt.distill.distill_chain`): an assistant between teacher and student, and a student that is
+born again, taught by nobody but itself.
+
+With fewer labels, the student has labels for 1 % or 10 % of the images. Alone it sees these only;
+the teacher can also be asked about the others. (The teacher itself knew all labels: the case of a
+large network that somebody else trained.)
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from rich.console import Console
+
+import jopt
+from experiments import (
+    _checkpoint,
+    _data,
+    _distill_methods,
+    _distill_report,
+    _distill_training,
+    _models,
+    _results,
+    _train,
+    quantize_images,
+)
+from experiments._distill_methods import METHODS
+from experiments._residual import ESTIMATED, Network, size
+from jopt import distill, prune
+
+Tree = Any
+TEACHER_ACCURACY = 0.935  # that is asked for
+SMALLER = 10.0  # times
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the outcome, written into the results."""
+
+    dataset: str = "fashion_mnist"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    teacher: tuple[tuple[int, ...], tuple[int, ...]] = ((24, 64), (1, 2))  # widths, blocks
+    assistant: tuple[tuple[int, ...], tuple[int, ...]] = ((16, 32), (0, 1))
+    student: tuple[tuple[int, ...], tuple[int, ...]] = ((8, 16), (0, 1))
+    batch: int = 128
+    teacher_epochs: int = 16
+    epochs: int = 12
+    tuning_epochs: int = 3
+    rate: float = 4e-3
+    weight_decay: float = 1e-2
+    max_shift: int = 1
+    copies: int = 4
+    labels: tuple[float, ...] = (0.01, 0.1)
+    generations: int = 2
+
+
+class Run:
+    """The data, the teacher, what it said, and the students."""
+
+    def __init__(self, settings: Settings, data: _data.Dataset, work: Path, say: Any) -> None:
+        """Put the data on the device."""
+        self.settings, self.data, self.say = settings, data, say
+        self.validation, self.test = (
+            (jnp.asarray(images), jnp.asarray(labels))
+            for images, labels in (data.validation, data.test)
+        )
+        self.shape = data.train[0].shape[1:]
+        about = dataclasses.asdict(settings) | {"seeds": None, "labels": None}
+        about = [jopt.__version__, about, data.source, len(data.train[1])]
+        self.work = work / _checkpoint.digest(about)
+        self.pool = _distill_training.make_pool(data, settings.copies, settings.max_shift)
+
+    def network(self, widths: Any) -> Network:
+        """Return the network of some widths and blocks."""
+        return Network(*map(tuple, widths), self.data.num_classes)
+
+    @cached_property
+    def estimation(self) -> Array:
+        """Return the images that batch norms are estimated on."""
+        return _train.normalize(self.pool.images[: min(ESTIMATED, self.pool.count)])
+
+    def fit(self, epochs: int, augment: Any = _train.unchanged) -> _distill_training.Fit:
+        """Return how networks are trained."""
+        settings = self.settings
+        return _distill_training.Fit(
+            settings.batch, epochs, settings.rate, settings.weight_decay, augment
+        )
+
+    @cached_property
+    def teacher(self) -> Tree:
+        """Train the teacher, or read it; its batch norms are folded."""
+        network = self.network(self.settings.teacher)
+        params = network.initial(jax.random.key(0), self.shape)
+        loss = _distill_methods.make_loss(METHODS["alone"], 0.0, network.training)
+        augment = quantize_images.augment(self.settings.max_shift)
+        plain = dataclasses.replace(
+            self.pool,
+            images=self.pool.images[: self.pool.count],
+            labels=self.pool.labels[: self.pool.count],
+        )
+        fit = self.fit(self.settings.teacher_epochs, augment)
+        trained = {"student": params, "extra": ()}
+        trained = fit.run(loss, trained, plain, 0, self.work / "teacher.ckpt", self.say)
+        return network.fold(trained["student"], self.estimation)
+
+    @cached_property
+    def taught(self) -> _distill_training.Pool:
+        """Return the pool with what the teacher says."""
+        network = self.network(self.settings.teacher)
+
+        def apply(params: Tree, images: Array) -> _models.Features:
+            found = network.features(params, images)
+            return found._replace(maps=found.maps.astype(jnp.float16))
+
+        return _distill_training.ask(self.pool, apply, self.teacher, self.work / "answers")
+
+    def train(
+        self,
+        name: str,
+        method: str,
+        weight: float,
+        pool: _distill_training.Pool,
+        seed: int,
+        *,
+        widths: Any = None,
+        epochs: int | None = None,
+        examples: Array | None = None,
+        soft_only: Array | None = None,
+    ) -> Tree:
+        """Train one network by a method; returns it folded."""
+        settings = self.settings
+        network = self.network(widths or settings.student)
+        key = jax.random.key(100 + seed)
+        params = network.initial(key, self.shape)
+        teacher_width = settings.teacher[0][-1]
+        about = _distill_methods.Widths(network.widths[-1], teacher_width, pool.count)
+        extra, state = METHODS[method].init(jax.random.fold_in(key, 1), about)
+        trained = self.fit(epochs or settings.epochs).run(
+            _distill_methods.make_loss(METHODS[method], weight, network.training, soft_only),
+            {"student": params, "extra": extra},
+            pool,
+            seed,
+            self.work / f"{name}-{seed}.ckpt",
+            self.say,
+            state=state,
+            examples=examples,
+        )
+        return network.fold(trained["student"], self.estimation)
+
+    def scores(self, params: Tree, widths: Any = None) -> dict[str, float]:
+        """Return validation and test accuracy."""
+        network = self.network(widths or self.settings.student)
+        return {
+            "validation": network.accuracy(params, self.validation),
+            "test": network.accuracy(params, self.test),
+        }
+
+    def answers(self, params: Tree, widths: Any) -> _distill_training.Pool:
+        """Return the pool with the logits of another teacher."""
+        network = self.network(widths)
+        forward = jax.jit(lambda part: network.features(params, _train.normalize(part)).logits)
+        images = self.pool.images
+        chunk = min(1000, len(images))
+        logits = [forward(images[at : at + chunk]) for at in range(0, len(images), chunk)]
+        said = _models.Features(jnp.concatenate(logits), jnp.zeros(0), jnp.zeros(0))
+        rows = len(images)
+        empty = jnp.zeros((rows, 0))
+        return dataclasses.replace(self.pool, teacher=said._replace(embedding=empty, maps=empty))
+
+    def weights(self) -> dict[str, Any]:
+        """Choose each method's weight by a short training of the first seed."""
+        file = self.work / "weights.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        for name, method in METHODS.items():
+            if name in found:
+                continue
+            tried = {}
+            for weight in method.weights if len(method.weights) > 1 else ():
+                params = self.train(
+                    f"tuning-{name}-{weight:g}", name, weight, self.taught, self.settings.seeds[0],
+                    epochs=self.settings.tuning_epochs,
+                )  # fmt: skip
+                network = self.network(self.settings.student)
+                tried[f"{weight:g}"] = network.accuracy(params, self.validation)
+            best = max(tried, key=lambda key: tried[key]) if tried else method.weights[0]
+            found[name] = {"weight": float(best), "validation": tried}
+            _results.write_atomically(file, json.dumps(found).encode())
+        return found
+
+
+def _combined(feature: str) -> _distill_methods.Method:
+    return dataclasses.replace(METHODS[feature], soft=True)
+
+
+def _fewer(run: Run, fraction: float, seed: int) -> Array:
+    """Return the places of the labelled examples: the first of a random order."""
+    key = jax.random.fold_in(jax.random.key(seed), 11)
+    count = max(run.settings.batch, round(fraction * run.pool.count))
+    return jax.random.permutation(key, run.pool.count)[:count]
+
+
+def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train and score every student of one seed that is not among the finished ones."""
+    settings = run.settings
+    file = run.work / f"rows-{seed}.json"
+    done = json.loads(file.read_text()) if file.exists() else {}
+    wanted: list[str] = []
+
+    def row(name: str, labels: float, make: Callable[[], Tree]) -> None:
+        key = f"{name} {labels:g}"
+        wanted.append(key)
+        if key in done:
+            return
+        scores = run.scores(make())
+        done[key] = {"method": name, "labels": labels} | scores
+        run.work.mkdir(parents=True, exist_ok=True)
+        _results.write_atomically(file, json.dumps(done).encode())
+        run.say(f"seed {seed}: {key}: validation {scores['validation']:.2%}")
+
+    train = partial(run.train, seed=seed)
+    for name in METHODS:
+        row(name, 1.0, partial(train, name, name, weights[name]["weight"], run.taught))
+    best = max(_distill_methods.FEATURES, key=lambda name: done[f"{name} 1"]["validation"])
+    if f"KD + {best}" not in METHODS:
+        METHODS.setdefault(f"KD + {best}", _combined(best))
+    name = "KD + best feature"
+    both = partial(train, f"KD-{best}", f"KD + {best}", weights[best]["weight"], run.taught)
+    row(name, 1.0, both)
+
+    def taught_by(name: str, teacher: tuple[Tree, Any]) -> tuple[Tree, Any]:
+        return train(name, "KD", 0.0, run.answers(*teacher)), settings.student
+
+    def assisted() -> Tree:
+        def assistant(teacher: tuple[Tree, Any]) -> tuple[Tree, Any]:
+            assistant = run.train(
+                "assistant", "KD", 0.0, run.taught, settings.seeds[0], widths=settings.assistant
+            )
+            return assistant, settings.assistant
+
+        chain = [assistant, partial(taught_by, "assisted")]
+        return distill.distill_chain((run.teacher, settings.teacher), chain)[-1][0]
+
+    row("teacher assistant", 1.0, assisted)
+
+    def born_again() -> Tree:
+        first = train("alone", "alone", 0.0, run.taught), settings.student
+        chain = [
+            partial(taught_by, f"generation{number}") for number in range(settings.generations)
+        ]
+        return distill.distill_chain(first, chain)[-1][0]
+
+    row("born again", 1.0, born_again)
+
+    for fraction in settings.labels:
+        known = _fewer(run, fraction, seed)
+        unknown = jnp.ones(run.pool.count, bool).at[known].set(False)
+        stem = f"{fraction:g}"
+        row(
+            "alone",
+            fraction,
+            partial(train, f"alone-{stem}", "alone", 0.0, run.taught, examples=known),
+        )
+        row(
+            "KD, labelled images",
+            fraction,
+            partial(train, f"KD-{stem}", "KD", 0.0, run.taught, examples=known),
+        )
+        row(
+            "KD, all images",
+            fraction,
+            partial(train, f"KD-all-{stem}", "KD", 0.0, run.taught, soft_only=unknown),
+        )
+    return [done[key] for key in wanted]
+
+
+def about_networks(run: Run) -> dict[str, Any]:
+    """Count parameters and multiply-adds, and score the teacher and the assistant."""
+    settings, found = run.settings, {}
+    trees = {"teacher": (run.teacher, settings.teacher)}
+    for name in ("assistant", "student"):
+        widths = getattr(settings, name)
+        network = run.network(widths)
+        params = network.fold(network.initial(jax.random.key(0), run.shape), run.estimation[:64])
+        trees[name] = params, widths
+    for name, (params, widths) in trees.items():
+        network = run.network(widths)
+        images = jnp.zeros((1, *run.shape))
+        found[name] = {
+            "parameters": size(params),
+            "multiply_adds": prune.multiply_adds(network.visible_logits, params, images).total,
+        }
+    found["teacher"] |= run.scores(run.teacher, settings.teacher)
+    return found
+
+
+def smoke(settings: Settings) -> Settings:
+    """Shorten everything to an epoch of small networks."""
+    return dataclasses.replace(
+        settings,
+        teacher=((8, 16), (1, 1)),
+        assistant=((4, 8), (0, 1)),
+        student=((2, 4), (0, 1)),
+        batch=32,
+        teacher_epochs=1,
+        epochs=1,
+        tuning_epochs=1,
+        copies=2,
+        labels=(0.1,),
+        generations=1,
+    )
+
+
+def run(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    plot: Callable[[str], Path],
+    console: Console,
+) -> dict[str, Any]:
+    """Run or resume the part; returns its tag, data, settings, figures and targets."""
+    settings = Settings(dataset=dataset or "fashion_mnist", seeds=seeds)
+    settings = settings if head is None else smoke(settings)
+    data = _data.load_or_exit(settings.dataset, console.print)
+    data = data if head is None else _data.head(data, head)
+    each = Run(settings, data, work, console.print)
+    networks = about_networks(each)
+    weights = each.weights()
+    by_seed = [measure(each, seed, weights) for seed in seeds]
+    rows = _results.join_seeds(by_seed, ("method", "labels"), ("validation", "test"))
+    figures = {"networks": networks, "weights": weights, "students": rows}
+    tag = "" if data.tag == "fashion_mnist" else data.tag
+    targets = [] if tag else targets_of(figures)
+    _distill_report.table(figures, targets, console)
+    _distill_report.plot(figures, plot(tag))
+    return {
+        "tag": tag,
+        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "settings": dataclasses.asdict(settings)
+        | {
+            "temperature": _distill_methods.TEMPERATURE,
+            "soft_weight": _distill_methods.SOFT_WEIGHT,
+            "negatives": _distill_methods.NEGATIVES,
+        },
+        "figures": figures,
+        "targets": targets,
+    }
+
+
+def targets_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hold the figures against what is asked for."""
+    networks = figures["networks"]
+    rows = {(row["method"], row["labels"]): row for row in figures["students"]}
+    teacher, student = networks["teacher"], networks["student"]
+    found = [
+        _results.target("teacher's test accuracy", teacher["test"], TEACHER_ACCURACY, "higher"),
+        _results.target(
+            "parameters of the teacher over the student's",
+            round(teacher["parameters"] / student["parameters"], 2),
+            SMALLER,
+            "higher",
+        ),
+    ]
+    for labels in sorted({row["labels"] for row in figures["students"]}):
+        kinds = ("KD",) if labels == 1 else ("KD, labelled images", "KD, all images")
+        alone = rows["alone", labels]
+        for kind in kinds:
+            taught = rows[kind, labels]
+            gain = round(taught["mean_test"] - alone["mean_test"], 6)
+            spread = max(alone["spread_test"], taught["spread_test"])
+            words = f"{kind} above alone with {labels:.0%} of the labels, beyond the spread"
+            found.append(_results.target(words, gain, spread, "higher"))
+    return found

@@ -1,0 +1,90 @@
+"""Tables and plots of the distillation experiments."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import _report
+
+
+def gains(rows: list[dict[str, Any]]) -> np.ndarray:
+    """Return each row's gain over the student alone, seed by seed: (rows, seeds)."""
+    alone = {row["labels"]: np.array(row["test"]) for row in rows if row["method"] == "alone"}
+    return np.stack([np.array(row["test"]) - alone[row["labels"]] for row in rows])
+
+
+def table(figures: dict[str, Any], targets: list[dict[str, Any]], console: Console) -> None:
+    """Print the networks, and the accuracy of every student."""
+    for name, row in figures["networks"].items():
+        score = f", test accuracy {row['test']:.2%}" if "test" in row else ""
+        console.print(
+            f"{name}: {row['parameters']:,} parameters, {row['multiply_adds']:,} multiply-adds"
+            f"{score}"
+        )
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("labels", "method"):
+        found.add_column(name, no_wrap=True)
+    for name in ("test accuracy", "lowest to highest", "gain"):
+        found.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for row, gain in zip(figures["students"], gains(figures["students"]), strict=True):
+        if last not in (None, row["labels"]):
+            found.add_section()
+        first, last = row["labels"] != last, row["labels"]
+        found.add_row(
+            f"{row['labels']:.0%}" if first else "",
+            row["method"],
+            f"{row['mean_test']:.2%}",
+            f"{min(row['test']):.2%} to {max(row['test']):.2%}",
+            "" if row["method"] == "alone" else f"{100 * gain.mean():+.2f}",
+        )
+    console.print(found)
+    print_targets(targets, console)
+
+
+def print_targets(targets: list[dict[str, Any]], console: Console) -> None:
+    """Print what was asked for, and whether it was met."""
+    for each in targets:
+        sign = ">=" if each["better"] == "higher" else "<="
+        verdict = "[green]met[/]" if each["met"] else "[red]missed[/]"
+        console.print(f"{verdict}  {each['target']}: {each['value']} (goal {sign} {each['goal']})")
+
+
+def plot(figures: dict[str, Any], file: Path) -> None:
+    """Draw every student's test accuracy, a panel for each fraction of labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = figures["students"]
+    fractions = sorted({row["labels"] for row in rows}, reverse=True)
+    counts = [sum(row["labels"] == labels for row in rows) for labels in fractions]
+    figure, axes = pyplot.subplots(
+        len(fractions),
+        1,
+        figsize=(8, 0.34 * sum(counts) + 1.0 * len(fractions)),
+        height_ratios=[count + 0.5 for count in counts],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, labels in zip(axes[:, 0], fractions, strict=True):
+        own = [row for row in rows if row["labels"] == labels][::-1]
+        for place, row in enumerate(own):
+            color = {"alone": "0.35", "KD": "C3"}.get(row["method"], "C0")
+            tests = 100 * np.array(row["test"])
+            axis.plot(tests, [place] * len(tests), "o", color=color, markersize=4, alpha=0.5)
+            axis.plot(tests.mean(), place, "|", color=color, markersize=14, markeredgewidth=2)
+            if row["method"] == "alone":
+                axis.axvline(tests.mean(), color="0.35", linewidth=1, linestyle=":")
+        axis.set_yticks(range(len(own)), [row["method"] for row in own], fontsize=9)
+        axis.set_ylim(-0.6, len(own) - 0.4)
+        axis.grid(axis="x", alpha=0.25)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.set_title(f"{labels:.0%} of the labels", loc="left", fontsize=10, fontweight="bold")
+    axes[-1, 0].set_xlabel("test accuracy, %; each seed a dot, their mean a bar")
+    _report.save_plot(figure, file)

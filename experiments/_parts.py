@@ -1,0 +1,86 @@
+"""Experiments of several parts: one command line, one results file, each part measured by itself.
+
+Every part has its own entry in `data`, `settings`, `figures` and `runs` (the command, versions and
+hardware that made it) of the results, so that a part is measured again without losing the others.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments import _data, _results, _train
+
+Part = Callable[..., dict[str, Any]]
+# A part is called with `dataset` (or None for its own), `head` (its data sets' length in a trial,
+# else None), `seeds`, `work` (folder of checkpoints), `plot` (tag to file stem) and `console`; it
+# returns tag, data, settings, figures and targets.
+TRIAL = 512  # examples of each part of a data set, in a trial
+
+
+def joined(old: dict[str, Any], experiment: str, name: str, made: dict[str, Any]) -> dict[str, Any]:
+    """Put the results of one part in the place of what was there of it."""
+    about = {"command": _results.command(f"experiments.{experiment}")}
+    about |= _results.environment(("constriction", "tensorflow-datasets"))
+    words = f"{name}: "
+    targets = [each for each in old.get("targets", []) if not each["target"].startswith(words)]
+    targets += [each | {"target": words + each["target"]} for each in made["targets"]]
+    results = about | {"runs": old.get("runs", {}) | {name: about}}
+    for entry in ("data", "settings", "figures"):
+        results[entry] = old.get(entry, {}) | {name: made[entry]}
+    return results | {"targets": targets}
+
+
+def main(
+    experiment: str, parts: dict[str, Part], dataset_help: str, arguments: list[str] | None = None
+) -> None:
+    """Run the command line of an experiment.
+
+    Args:
+      experiment: name of its module and of its results.
+      parts: its parts by name, in the order in which they run.
+      dataset_help: what `--dataset` takes.
+      arguments: of the command line; None for the program's own.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{experiment}")
+    parser.add_argument("--only", choices=sorted(parts), nargs="+", help="some of the parts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--dataset", help=dataset_help)
+    parser.add_argument("--smoke", action="store_true", help="an epoch of a few images")
+    parser.add_argument("--restart", action="store_true", help="forget finished epochs")
+    parser.add_argument("--out", type=Path, default=_results.RESULTS, help="where results go")
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    out, seeds = options.out, tuple(options.seeds)
+    if options.smoke:
+        out = _data.CACHE / "smoke" if out == _results.RESULTS else out
+        seeds = seeds[:1]
+    for name in options.only or parts:
+        work = _data.CACHE / experiment / f"{name}{'-smoke' if options.smoke else ''}"
+        if options.restart:
+            shutil.rmtree(work, ignore_errors=True)
+        with _train.quick_compilation() if options.smoke else nullcontext():
+            made = parts[name](
+                dataset=options.dataset,
+                head=TRIAL if options.smoke else None,
+                seeds=seeds,
+                work=work,
+                plot=lambda tag, name=name: out / f"{title(experiment, tag)}-{name}",
+                console=console,
+            )
+        file = out / f"{title(experiment, made['tag'])}.json"
+        old = json.loads(file.read_text()) if file.exists() else {}
+        _results.write_results(file.stem, joined(old, experiment, name, made), out)
+        console.print(f"Results: {file}")
+        if options.smoke:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def title(experiment: str, tag: str) -> str:
+    """Name the results so that trials and other data never overwrite those of the full sets."""
+    return f"{experiment}-{tag}" if tag else experiment
