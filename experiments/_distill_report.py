@@ -88,3 +88,22 @@ def plot(figures: dict[str, Any], file: Path) -> None:
         axis.set_title(f"{labels:.0%} of the labels", loc="left", fontsize=10, fontweight="bold")
     axes[-1, 0].set_xlabel("test accuracy, %; each seed a dot, their mean a bar")
     _report.save_plot(figure, file)
+
+
+def classic_table(figures: dict[str, Any], targets: list[dict[str, Any]], console: Console) -> None:
+    """Print the pair of convolutional networks."""
+    for name, row in figures["networks"].items():
+        console.print(
+            f"{name}: {row['parameters']:,} parameters, {row['multiply_adds']:,} multiply-adds"
+        )
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    found.add_column("network", no_wrap=True)
+    for name in ("test accuracy", "lowest to highest"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for row in figures["rows"]:
+        tests = row["test"]
+        found.add_row(
+            row["network"], f"{row['mean_test']:.2%}", f"{min(tests):.2%} to {max(tests):.2%}"
+        )
+    console.print(found)
+    print_targets(targets, console)

@@ -7,12 +7,11 @@
 Part `criteria` prunes LeNet-5 and a network with batch norms on Fashion-MNIST by every criterion,
 to 80, 90, 95, 98 and 99 %: `experiments._prune_criteria`. Part `extreme` takes LeNet-5 to one of
 280 weights and LeNet-300-100 to one of 68 on MNIST: `experiments._prune_extreme`. Part `channels`
-removes channels until a fifth of the multiply-adds is left: `experiments._prune_channels`.
+removes channels until less than a quarter of the multiply-adds is left:
+`experiments._prune_channels`.
 
 Choices are made on a validation part of the training images; the test images are looked at once, at
 the end. Finished epochs are kept: a killed run goes on where it was, and `--restart` forgets them.
-Each part has its own entry in `data`, `settings`, `figures` and `runs` (the command, versions and
-hardware that made it) of the results, so that a part is measured again without losing the others.
 """
 
 from experiments import _parts, _prune_channels, _prune_criteria, _prune_extreme

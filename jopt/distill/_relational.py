@@ -15,10 +15,36 @@ def _differences(features: jax.Array) -> jax.Array:
     return features[None, :, :] - features[:, None, :]
 
 
+@jax.custom_jvp
+def _distances(features: jax.Array) -> jax.Array:
+    """Return the distances of all pairs.
+
+    Values are sums of squared differences, which a compiler fuses. Their derivative is taken from
+    products of matrices, `(x_i - x_j) . (v_i - v_j) / d_ij`, multiplied out: of the differences
+    themselves it would need a whole array of batch * batch * width.
+    """
+    return safe_norm(_differences(features))
+
+
+@_distances.defjvp
+def _distances_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (features,), (moves,) = primals, tangents
+    distances = _distances(features)
+    # Distances do not change with the origin, but rounding does.
+    features = features - jax.lax.stop_gradient(jnp.mean(features, axis=0, keepdims=True))
+    own = jnp.sum(features * moves, axis=-1)
+    cross = jnp.matmul(features, moves.T, precision=jax.lax.Precision.HIGHEST)
+    products = own[:, None] + own[None, :] - cross - cross.T
+    apart = distances > 0
+    return distances, jnp.where(apart, products / jnp.where(apart, distances, 1.0), 0.0)
+
+
 def _relative_distances(features: jax.Array) -> jax.Array:
     """Return the distances of all pairs over their mean; where all examples coincide, zeros."""
     batch = features.shape[0]
-    distances = safe_norm(_differences(features))
+    distances = _distances(features)
     mean = jnp.sum(distances) / (batch * (batch - 1))
     return distances / jnp.where(mean > 0, mean, 1.0)
 

@@ -1,0 +1,214 @@
+"""The pair of many tutorials: a deep and a shallow convolutional network on 32 by 32 RGB images.
+
+Teacher: conv 6@5x5, pool, conv 16@5x5, pool, dense 120, 84 and 10. Student: conv 6@5x5, pool, dense
+84 and 10. (The student is shallower and needs a third fewer multiply-adds, yet it has more
+parameters: its first dense layer sees maps that were pooled once only.) Each seed has its own
+teacher. The student learns alone; from the teacher; and from the teacher, then with labels only, at
+a tenth of the rate. Images of another size or of one channel are resized and repeated.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from rich.console import Console
+
+import jopt
+from experiments import (
+    _checkpoint,
+    _convolution,
+    _data,
+    _distill_methods,
+    _distill_report,
+    _distill_training,
+    _models,
+    _results,
+    _train,
+)
+from jopt import prune
+
+Tree = Any
+SIDE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the outcome, written into the results."""
+
+    dataset: str = "fashion_mnist"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch: int = 128
+    epochs: int = 10
+    tuning_epochs: int = 2
+    rate: float = 2e-3
+    weight_decay: float = 1e-2
+    max_shift: int = 1
+    copies: int = 3
+
+
+def resized(data: _data.Dataset) -> _data.Dataset:
+    """Return the data as 32 by 32 RGB images."""
+
+    @jax.jit
+    def change(images: Array) -> Array:
+        shape = (len(images), SIDE, SIDE, images.shape[-1])
+        images = jax.image.resize(images.astype(jnp.float32), shape, "bilinear")
+        return jnp.round(jnp.clip(images, 0, 255)).astype(jnp.uint8)
+
+    def part(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if images.shape[1:3] != (SIDE, SIDE):
+            images = np.concatenate(
+                [change(images[at : at + 1000]) for at in range(0, len(images), 1000)]
+            )
+        return np.broadcast_to(images, (*images.shape[:3], 3)), labels
+
+    return dataclasses.replace(
+        data, train=part(*data.train), validation=part(*data.validation), test=part(*data.test)
+    )
+
+
+class Pair:
+    """The two networks, and how each is run."""
+
+    def __init__(self, classes: int) -> None:
+        """Make the modules."""
+        deep = partial(_models.LeNet5, classes, filters=(6, 16), hidden=(120, 84))
+        shallow = partial(_models.LeNet5, classes, filters=(6,), hidden=(84,))
+        self.made = {"teacher": deep, "student": shallow}
+        self.modules = {name: make() for name, make in self.made.items()}
+        # One function for each network, so that each is compiled once.
+        self.logits = {name: partial(_logits, module) for name, module in self.modules.items()}
+
+    def initial(self, name: str, seed: int) -> Tree:
+        """Return fresh parameters."""
+        images = jnp.zeros((1, SIDE, SIDE, 3))
+        return jax.jit(self.modules[name].init)(jax.random.key(seed), images)["params"]
+
+    def about(self, name: str) -> dict[str, int]:
+        """Count parameters and multiply-adds."""
+        params = self.initial(name, 0)
+        visible = self.made[name](conv_pool=_convolution.conv_pool_direct)
+        count = prune.multiply_adds(
+            partial(_logits, visible), params, jnp.zeros((1, SIDE, SIDE, 3))
+        )
+        return {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "multiply_adds": count.total,
+        }
+
+
+def _logits(module: _models.LeNet5, params: Tree, images: Array) -> Array:
+    return module.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
+
+
+def measure(
+    settings: Settings,
+    pair: Pair,
+    pool: _distill_training.Pool,
+    data: _data.Dataset,
+    seed: int,
+    work: Path,
+    say: Any,
+) -> list[dict[str, Any]]:
+    """Train and score the networks of one seed, or read what is finished."""
+    file = work / f"rows-{seed}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+
+    def train(
+        name: str, network: str, method: str, params: Tree, pool: Any, epochs: int, rate: float
+    ) -> Tree:
+        def features(params: Tree, images: Array) -> _models.Features:
+            logits = pair.logits[network](params, images)
+            return _models.Features(logits, logits, logits)
+
+        loss = _distill_methods.make_loss(_distill_methods.METHODS[method], 0.0, features)
+        fit = _distill_training.Fit(settings.batch, epochs, rate, settings.weight_decay)
+        trained = {"student": params, "extra": ()}
+        stem = work / f"{name.replace(' ', '-')}-{seed}.ckpt"
+        return fit.run(loss, trained, pool, seed, stem, say)["student"]
+
+    epochs, rate = settings.epochs, settings.rate
+    trees = {}
+    fresh = pair.initial("teacher", seed)
+    trees["teacher"] = train("teacher", "teacher", "alone", fresh, pool, epochs, rate)
+
+    def said(params: Tree, images: Array) -> _models.Features:
+        logits = pair.logits["teacher"](params, images)
+        return _models.Features(logits, logits[:, :0], logits[:, :0])
+
+    taught = _distill_training.ask(pool, said, trees["teacher"], work / f"answers-{seed}")
+    fresh = pair.initial("student", seed)
+    trees["student alone"] = train("alone", "student", "alone", fresh, pool, epochs, rate)
+    trees["student, KD"] = train("KD", "student", "KD", fresh, taught, epochs, rate)
+    trees["student, KD then labels"] = train(
+        "tuned", "student", "alone", trees["student, KD"], pool, settings.tuning_epochs, rate / 10
+    )
+    rows = []
+    for name, params in trees.items():
+        apply = pair.logits[name.split()[0].rstrip(",")]
+        scores = {
+            part: round(1 - _train.error_rate(apply, params, *map(jnp.asarray, examples)), 6)
+            for part, examples in (("validation", data.validation), ("test", data.test))
+        }
+        rows.append({"network": name} | scores)
+        say(f"seed {seed}: {name}: validation {scores['validation']:.2%}")
+    _results.write_atomically(file, json.dumps(rows).encode())
+    return rows
+
+
+def run(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    plot: Callable[[str], Path],
+    console: Console,
+) -> dict[str, Any]:
+    """Run or resume the part; returns its tag, data, settings, figures and targets."""
+    del plot
+    settings = Settings(dataset=dataset or "fashion_mnist", seeds=seeds)
+    data = _data.load_or_exit(settings.dataset, console.print)
+    if head is not None:
+        settings = dataclasses.replace(settings, batch=32, epochs=1, tuning_epochs=1, copies=2)
+        data = _data.head(data, head)
+    data = resized(data)
+    about = dataclasses.asdict(settings) | {"seeds": None}
+    work = work / _checkpoint.digest([jopt.__version__, about, data.source, len(data.train[1])])
+    pair = Pair(data.num_classes)
+    pool = _distill_training.make_pool(data, settings.copies, settings.max_shift)
+    by_seed = [measure(settings, pair, pool, data, seed, work, console.print) for seed in seeds]
+    figures = {
+        "networks": {name: pair.about(name) for name in pair.modules},
+        "rows": _results.join_seeds(by_seed, ("network",), ("validation", "test")),
+    }
+    tag = "" if data.tag == "fashion_mnist" else data.tag
+    targets = [] if tag else targets_of(figures["rows"])
+    _distill_report.classic_table(figures, targets, console)
+    return {
+        "tag": tag,
+        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "settings": dataclasses.asdict(settings)
+        | {
+            "temperature": _distill_methods.TEMPERATURE,
+            "soft_weight": _distill_methods.SOFT_WEIGHT,
+        },
+        "figures": figures,
+        "targets": targets,
+    }
+
+
+def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ask that the taught student is better than the same student alone, beyond the spread."""
+    by_name = {row["network"]: row for row in rows}
+    alone, taught = by_name["student alone"], by_name["student, KD"]
+    gain = round(taught["mean_test"] - alone["mean_test"], 6)
+    spread = max(alone["spread_test"], taught["spread_test"])
+    return [_results.target("KD above alone, beyond the spread", gain, spread, "higher")]
