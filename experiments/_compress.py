@@ -1,0 +1,133 @@
+"""Pruning and quantization of a trained network under a loss, and the file it ends in."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from experiments import _distill_training
+from jopt import codec, is_kernel, materialize, prune, quant
+
+Tree = Any
+BIAS_SPEC = quant.QuantSpec(8, block=())
+
+
+def _is_weight(path: str, leaf: Any) -> bool:
+    """Tell kernels and tables from biases, which attention has with two axes."""
+    return is_kernel(path, leaf) and not path.endswith("bias")
+
+
+def rounded(params: Tree, bits: int) -> Tree:
+    """Round kernels and biases as `quantized` stores them, with a straight-through gradient."""
+    params = quant.fake_quantize_params(params, quant.QuantSpec(bits, block=()), _is_weight)
+    return quant.fake_quantize_params(params, BIAS_SPEC, ".*/bias")
+
+
+def quantized(params: Tree, bits: int) -> Tree:
+    """Quantize kernels to few bits and biases to eight, one scale each."""
+    params = quant.quantize_params(params, quant.QuantSpec(bits, block=()), _is_weight)
+    return quant.quantize_params(params, BIAS_SPEC, ".*/bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is done to a trained network, in this order.
+
+    Attributes:
+      sparsity: of all kernels together; 0 for none.
+      bits: of kernels; 0 for floats.
+      prune_epochs: of pruning (the first half) and fine-tuning (the second).
+      quantize_epochs: of training through the rounding.
+      rate: Adam's learning rate.
+      prune_every: updates between two prunings.
+    """
+
+    sparsity: float = 0.0
+    bits: int = 0
+    prune_epochs: int = 3
+    quantize_epochs: int = 2
+    rate: float = 1e-3
+    prune_every: int = 20
+
+
+def compress(
+    recipe: Recipe,
+    params: Tree,
+    make_loss: Callable[[Callable[[Tree], Tree]], _distill_training.Loss],
+    pool: _distill_training.Pool,
+    batch: int,
+    seed: int,
+    stem: Path,
+    say: Callable[[str], Any],
+    examples: Any = None,
+) -> Tree:
+    """Prune a network step by step, quantize it by training through the rounding; return its tree.
+
+    Args:
+      recipe: what is done.
+      params: the trained network.
+      make_loss: from a view of the parameters (the identity, or their rounding) to a loss of them.
+      pool: of examples.
+      batch: examples in a step.
+      seed: of the order.
+      stem: of the checkpoints' names.
+      say: told of each epoch.
+      examples: places of the examples that are used; None for all.
+    """
+    steps = max(1, pool.count // batch)
+
+    def fit(name: str, view: Any, params: Tree, epochs: int, tx: Any) -> Tree:
+        how = _distill_training.Fit(batch, epochs, 0.0, 0.0)
+        file = stem.with_name(f"{stem.name}-{name}.ckpt")
+        more = {"examples": examples, "tx": tx}
+        return how.run(make_loss(view), params, pool, seed, file, say, **more)
+
+    masks = None
+    if recipe.sparsity:
+        total = steps * recipe.prune_epochs
+        schedule = prune.cubic_schedule(recipe.sparsity, 0, total // 2)
+        rate = optax.join_schedules(
+            [
+                optax.constant_schedule(recipe.rate),
+                optax.cosine_decay_schedule(recipe.rate, max(1, total - total // 2), 0.02),
+            ],
+            [total // 2],
+        )
+        every = max(1, min(recipe.prune_every, total // 8))
+        tx = prune.sparse_training(optax.adam(rate), prune.gradual(schedule, every))
+        params = fit(f"pruned-{recipe.sparsity:g}", unchanged, params, recipe.prune_epochs, tx)
+        masks = jax.tree.map(lambda leaf: (leaf != 0) | (leaf.ndim < 2), params)
+    if not recipe.bits:
+        return params
+    rate = optax.cosine_decay_schedule(recipe.rate / 2, steps * recipe.quantize_epochs, 0.02)
+    tx = optax.adam(rate)
+    if masks is not None:
+        tx = optax.chain(tx, prune.keep_masked(masks))
+    name = f"pruned-{recipe.sparsity:g}-bits-{recipe.bits}"
+    view = partial(rounded, bits=recipe.bits)
+    return quantized(fit(name, view, params, recipe.quantize_epochs, tx), recipe.bits)
+
+
+def unchanged(params: Tree) -> Tree:
+    """Return the parameters as they are."""
+    return params
+
+
+def written(tree: Tree, file: Path) -> tuple[int, Tree]:
+    """Write a tree to a file, check it, and return its bytes and what the file alone gives back."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    size = codec.save(file, tree)
+    codec.verify(file, tree)
+    params = materialize(codec.load(file))
+    file.unlink()
+    return size, params
+
+
+def nonzero(params: Tree) -> int:
+    """Count the parameters that are not zero."""
+    return sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(params))
