@@ -55,7 +55,7 @@ class Settings:
     assistant: tuple[tuple[int, ...], tuple[int, ...]] = ((16, 32), (0, 1))
     student: tuple[tuple[int, ...], tuple[int, ...]] = ((8, 16), (0, 1))
     batch: int = 128
-    teacher_epochs: int = 16
+    teacher_epochs: int = 24
     epochs: int = 12
     tuning_epochs: int = 3
     rate: float = 4e-3
@@ -77,10 +77,14 @@ class Run:
             for images, labels in (data.validation, data.test)
         )
         self.shape = data.train[0].shape[1:]
-        about = dataclasses.asdict(settings) | {"seeds": None, "labels": None}
-        about = [jopt.__version__, about, data.source, len(data.train[1])]
-        self.work = work / _checkpoint.digest(about)
+        self.work = work / self.digest([])
         self.pool = _distill_training.make_pool(data, settings.copies, settings.max_shift)
+
+    def digest(self, more: list[Any]) -> str:
+        """Name what decides the trainings, and whatever else does."""
+        about = dataclasses.asdict(self.settings) | {"seeds": None, "labels": None}
+        data = [self.data.source, len(self.data.train[1])]
+        return _checkpoint.digest([jopt.__version__, about, *data, *more])
 
     def network(self, widths: Any) -> Network:
         """Return the network of some widths and blocks."""

@@ -142,7 +142,6 @@ def text_plot(rows: list[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     colors = {"teacher": "0.35", "transformer": "C0", "cnn": "C1"}
@@ -167,6 +166,64 @@ def text_plot(rows: list[dict[str, Any]], file: Path) -> None:
         ha="right",
         fontsize=8,
     )
+    _bytes_axis(axis)
+    axis.legend(frameon=False, fontsize=8, ncols=2)
+    _report.save_plot(figure, file)
+
+
+def bytes_table(
+    rows: list[dict[str, Any]], targets: list[dict[str, Any]], console: Console
+) -> None:
+    """Print every network with its bytes."""
+    console.print("Mean of the seeds; after the sign half the spread over them.")
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("made by", "form"):
+        found.add_column(name, no_wrap=True)
+    for name in ("weights left", "bytes", "test accuracy"):
+        found.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for row in rows:
+        if last not in (None, row["how"]):
+            found.add_section()
+        first, last = row["how"] != last, row["how"]
+        tests = row["test"]
+        found.add_row(
+            row["how"] if first else "",
+            row["form"],
+            f"{np.mean(row['left']):,.0f}",
+            f"{np.mean(row['bytes']):,.0f}",
+            f"{row['mean_test']:.2%} ±{50 * (max(tests) - min(tests)):.2f}",
+        )
+    console.print(found)
+    print_targets(targets, console)
+
+
+def bytes_plot(rows: list[dict[str, Any]], data: str, file: Path) -> None:
+    """Draw accuracy against bytes, one line for each way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    ways = list(dict.fromkeys(row["how"] for row in rows))
+    for way, marker in zip(ways, "os^*", strict=True):
+        own = sorted((row for row in rows if row["how"] == way), key=lambda r: np.mean(r["bytes"]))
+        sizes = [np.mean(row["bytes"]) for row in own]
+        tests = 100 * np.array([row["test"] for row in own])
+        big = 12 if marker == "*" else 6
+        (line,) = axis.plot(sizes, tests.mean(1), marker=marker, markersize=big, label=way)
+        axis.fill_between(sizes, tests.min(1), tests.max(1), color=line.get_color(), alpha=0.15)
+    _bytes_axis(axis)
+    axis.set_title(f"{data}: test accuracy against file size", loc="left", fontweight="bold")
+    axis.legend(frameon=False, loc="lower right")
+    _report.save_plot(figure, file)
+
+
+def _bytes_axis(axis: Any) -> None:
+    """Label an axis of bytes and one of accuracies."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1000:,g} kB"))
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -174,5 +231,3 @@ def text_plot(rows: list[dict[str, Any]], file: Path) -> None:
     axis.set_ylabel("test accuracy, %")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, ncols=2)
-    _report.save_plot(figure, file)

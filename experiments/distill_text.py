@@ -7,9 +7,11 @@
 The teacher is a transformer trained from scratch on labelled sentences. The students are a
 transformer of one layer and a convolutional network, both of narrow vectors and of the most
 frequent words only. Each learns alone; from the teacher; and from the teacher with a hint, the
-vector that a sentence is classified by. Teacher and students see the sentences with some words
-blanked out, anew in every copy. Each kind that learned best by validation sentences is then pruned
-and quantized, the teacher still teaching, and measured as the file that reloads.
+vector that a sentence is classified by. Networks see the sentences with some words blanked out,
+anew in every copy. The teacher is sure of those, which it learned by heart; so it is also asked
+about sentences that nobody wrote, spliced from the halves of two, of which only it can say
+anything. Each kind that learned best by validation sentences is then pruned and quantized, the
+teacher still teaching, and measured as the file that reloads.
 
 Choices are made on a validation part of the training sentences; the test sentences are looked at
 once, at the end. Finished trainings are kept: a killed run goes on where it was.
@@ -32,7 +34,6 @@ import jopt
 from experiments import (
     _checkpoint,
     _compress,
-    _data,
     _distill_report,
     _distill_training,
     _parts,
@@ -62,12 +63,12 @@ class Settings:
         default_factory=lambda: {"width": 128, "layers": 2, "heads": 4, "hidden": 256}
     )
     transformer: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"width": 32, "layers": 1, "heads": 4, "hidden": 64}
+        default_factory=lambda: {"width": 64, "layers": 1, "heads": 4, "hidden": 128}
     )
-    cnn: dict[str, int] = dataclasses.field(default_factory=lambda: {"width": 32, "filters": 32})
-    student_words: int = 4000
+    cnn: dict[str, int] = dataclasses.field(default_factory=lambda: {"width": 64, "filters": 64})
+    student_words: int = 8000
     teacher_dropout: float = 0.4
-    student_dropout: float = 0.2
+    student_dropout: float = 0.3
     teacher_epochs: int = 8
     epochs: int = 16
     rate: float = 1e-3
@@ -75,26 +76,57 @@ class Settings:
     weight_decay: float = 1e-2
     blanked: float = 0.15  # of the words
     copies: int = 8
+    spliced: int = 8  # further copies, of spliced sentences
     temperature: float = 2.0
-    soft_weight: float = 0.9
+    soft_weight: float = 0.7
     hint_weight: float = 1.0
     recipe: _compress.Recipe = dataclasses.field(
         default_factory=lambda: _compress.Recipe(0.8, 4, 8, 4, 1e-3)
     )
 
 
-def make_pool(data: _text.Sentences, copies: int, blanked: float) -> _distill_training.Pool:
-    """Copy the training sentences, all but the first time with words blanked out at random."""
+def make_pool(data: _text.Sentences, settings: Settings) -> _distill_training.Pool:
+    """Copy the training sentences with words blanked out at random, then spliced, without labels.
+
+    The first copy is the sentences as they are. The label of what was spliced is -1.
+    """
     rows, labels = map(jnp.asarray, data.train)
 
-    def change(key: Array) -> Array:
-        blank = jax.random.bernoulli(key, blanked, rows.shape) & (rows != _text.PADDING)
-        return jnp.where(blank, _text.UNKNOWN, rows)
+    def blanked(key: Array, rows: Array) -> Array:
+        blank = jax.random.bernoulli(key, settings.blanked, rows.shape)
+        return jnp.where(blank & (rows != _text.PADDING), _text.UNKNOWN, rows)
 
-    changed = [change(jax.random.key(2000 + copy)) for copy in range(1, copies)]
+    def spliced(key: Array) -> Array:
+        other, blank = jax.random.split(key)
+        return blanked(blank, splice(rows, jax.random.permutation(other, rows)))
+
+    own = [blanked(jax.random.key(2000 + copy), rows) for copy in range(1, settings.copies)]
+    new = [spliced(jax.random.key(3000 + copy)) for copy in range(settings.spliced)]
+    unknown = jnp.full_like(labels, -1)
     return _distill_training.Pool(
-        jnp.concatenate([rows, *changed]), jnp.tile(labels, copies), len(labels)
+        jnp.concatenate([rows, *own, *new]),
+        jnp.concatenate([labels] * settings.copies + [unknown] * settings.spliced),
+        len(labels),
     )
+
+
+def splice(first: Array, second: Array) -> Array:
+    """Join the first half of each sentence with the second half of another's, (batch, length)."""
+    lengths = [jnp.sum(rows != _text.PADDING, 1, keepdims=True) for rows in (first, second)]
+    cut, start = (length // 2 for length in lengths)
+    places = jnp.arange(first.shape[1])[None]
+    later = places - cut + start
+    inside = (later >= 0) & (later < second.shape[1])
+    tail = jnp.take_along_axis(second, jnp.clip(later, 0, second.shape[1] - 1), 1)
+    return jnp.where(places < cut, first, jnp.where(inside, tail, _text.PADDING))
+
+
+def labelled(pool: _distill_training.Pool) -> _distill_training.Pool:
+    """Return the copies of a pool that have labels."""
+    copies = int(jnp.sum(pool.labels >= 0)) // pool.count
+    rows = slice(0, copies * pool.count)
+    teacher = jax.tree.map(lambda leaf: leaf[rows], pool.teacher)
+    return _distill_training.Pool(pool.images[rows], pool.labels[rows], pool.count, teacher)
 
 
 class Network:
@@ -143,9 +175,16 @@ def losses(
     own = network.training(params, batch.images, batch.key)
     if how == "alone":
         return optax.softmax_cross_entropy_with_integer_labels(own.logits, batch.labels)
-    found = distill.distillation_loss(
-        own.logits, batch.teacher.logits, batch.labels, settings.temperature, settings.soft_weight
+    said, known = batch.teacher.logits, batch.labels >= 0
+    soft = distill.kd_loss(own.logits, said, settings.temperature)
+    mixed = distill.distillation_loss(
+        own.logits,
+        said,
+        jnp.maximum(batch.labels, 0),
+        settings.temperature,
+        settings.soft_weight,
     )
+    found = jnp.where(known, mixed, soft)
     if how == "KD + hint":
         hint = distill.project(projector, own.embedding)
         found = found + settings.hint_weight * distill.hint_loss(hint, batch.teacher.embedding)
@@ -174,7 +213,7 @@ class Run:
             "cnn": TextCNN(**common, vocabulary=few, **drop, **settings.cnn),
         }
         self.networks = {name: Network(module, settings.length) for name, module in modules.items()}
-        self.pool = make_pool(data, settings.copies, settings.blanked)
+        self.pool = make_pool(data, settings)
 
     def train(self, name: str, how: str, pool: _distill_training.Pool) -> Tree:
         """Train one network; returns its parameters."""
@@ -194,6 +233,7 @@ class Run:
             settings.rate if teaching else settings.student_rate,
             settings.weight_decay,
         )
+        pool = labelled(pool) if how == "alone" else pool
         file = self.work / f"{name}-{how.replace(' + ', '-')}.ckpt"
 
         def loss(trained: Tree, state: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
@@ -212,6 +252,7 @@ class Run:
 
             return loss
 
+        pool = labelled(pool) if how == "alone" else pool
         stem = self.work / f"{name}-{how}-packed"
         return _compress.compress(
             settings.recipe, params, make_loss, pool, settings.batch, self.seed, stem, self.say
@@ -266,6 +307,7 @@ def smoke(settings: Settings) -> Settings:
         teacher_epochs=1,
         epochs=1,
         copies=2,
+        spliced=1,
         batch=16,
         recipe=dataclasses.replace(settings.recipe, prune_epochs=1, quantize_epochs=1),
     )
@@ -282,10 +324,8 @@ def run(
     """Run or resume the experiment; returns its tag, data, settings, figures and targets."""
     settings = Settings(dataset=dataset or "rotten_tomatoes", seeds=seeds)
     settings = settings if head is None else smoke(settings)
-    try:
-        data = _text.load(settings.dataset, settings.length, settings.least)
-    except _data.DataUnavailable as problem:
-        raise SystemExit(str(problem)) from None
+    length, least = settings.length, settings.least
+    data = _text.load_or_exit(settings.dataset, length, least, console.print)
     data = data if head is None else _text.head(data, head)
     about = dataclasses.asdict(settings) | {"seeds": None}
     work = work / _checkpoint.digest([jopt.__version__, about, data.source, len(data.train[1])])

@@ -49,6 +49,8 @@ def _draw(shape, number):
         (_models.StudentCNN(), 20_522),
         (_models.BatchNormCNN(), 256_954),
         (_models.BatchNormCNN(normalize=None), 256_554),
+        (_models.ResidualCNN(), 173_298),
+        (_models.LeNet5(filters=(6, 16), hidden=(120, 84)), 44_426),
     ],
 )
 def test_networks_have_the_parameters_they_should(model, count):
@@ -297,7 +299,7 @@ def _problem():
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (40, 12, 12, 1), dtype=np.uint8))
     labels = jnp.asarray(rng.integers(0, 10, 40, dtype=np.int32))
-    model = _models.LeNet5(filters=(3,), hidden=8)
+    model = _models.LeNet5(filters=(3,), hidden=(8,))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12, 12, 1)))["params"]
 
     def loss(params, images, labels, key, extras):
