@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,21 @@ class Recipe:
     prune_every: int = 20
 
 
+@lru_cache
+def _pruning(recipe: Recipe, total: int) -> optax.GradientTransformation:
+    """Prune along a cubic schedule at a constant rate, then fine-tune as the rate falls."""
+    schedule = prune.cubic_schedule(recipe.sparsity, 0, total // 2)
+    rate = optax.join_schedules(
+        [
+            optax.constant_schedule(recipe.rate),
+            optax.cosine_decay_schedule(recipe.rate, max(1, total - total // 2), 0.02),
+        ],
+        [total // 2],
+    )
+    every = max(1, min(recipe.prune_every, total // 8))
+    return prune.sparse_training(optax.adam(rate), prune.gradual(schedule, every))
+
+
 def compress(
     recipe: Recipe,
     params: Tree,
@@ -89,17 +104,7 @@ def compress(
 
     masks = None
     if recipe.sparsity:
-        total = steps * recipe.prune_epochs
-        schedule = prune.cubic_schedule(recipe.sparsity, 0, total // 2)
-        rate = optax.join_schedules(
-            [
-                optax.constant_schedule(recipe.rate),
-                optax.cosine_decay_schedule(recipe.rate, max(1, total - total // 2), 0.02),
-            ],
-            [total // 2],
-        )
-        every = max(1, min(recipe.prune_every, total // 8))
-        tx = prune.sparse_training(optax.adam(rate), prune.gradual(schedule, every))
+        tx = _pruning(recipe, steps * recipe.prune_epochs)
         params = fit(f"pruned-{recipe.sparsity:g}", unchanged, params, recipe.prune_epochs, tx)
         masks = jax.tree.map(lambda leaf: (leaf != 0) | (leaf.ndim < 2), params)
     if not recipe.bits:
@@ -109,8 +114,13 @@ def compress(
     if masks is not None:
         tx = optax.chain(tx, prune.keep_masked(masks))
     name = f"pruned-{recipe.sparsity:g}-bits-{recipe.bits}"
-    view = partial(rounded, bits=recipe.bits)
-    return quantized(fit(name, view, params, recipe.quantize_epochs, tx), recipe.bits)
+    return quantized(fit(name, _view(recipe.bits), params, recipe.quantize_epochs, tx), recipe.bits)
+
+
+@lru_cache
+def _view(bits: int) -> Callable[[Tree], Tree]:
+    """Return the same function for the same bits, so that what is compiled for it is found."""
+    return partial(rounded, bits=bits)
 
 
 def unchanged(params: Tree) -> Tree:

@@ -13,7 +13,7 @@ network is measured as the file that it is written to, and by what that file alo
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from experiments import (
     _models,
     _results,
 )
+from experiments._distill_methods import METHODS
 from experiments._residual import Network
 
 Tree = Any
@@ -73,7 +74,7 @@ def measure(
         run.say(f"seed {seed}: {key}: {written:,} bytes, validation {scores['validation']:.2%}")
 
     def base(method: str) -> Tree:
-        return run.train(f"base-{method}", method, 0.0, taught, seed, widths=widths)
+        return run.train(f"base-{method}", METHODS[method], 0.0, taught, seed, widths=widths)
 
     def packed(method: str, sparsity: float, bits: int) -> tuple[Tree, Any]:
         recipe = _compress.Recipe(
@@ -94,7 +95,7 @@ def measure(
     def narrow(width: tuple[int, int]) -> tuple[Tree, Any]:
         shape = (width, widths[1])
         name = "narrow-" + "-".join(map(str, width))
-        return run.train(name, "KD", 0.0, taught, seed, widths=shape), shape
+        return run.train(name, METHODS["KD"], 0.0, taught, seed, widths=shape), shape
 
     for width in settings.widths:
         row("distilled", f"widths {width[0]} and {width[1]}", partial(narrow, width))
@@ -109,13 +110,14 @@ def measure(
     return [done[key] for key in wanted]
 
 
+@lru_cache(64)
 def _make_loss(network: Network, method: str, view: Callable[[Tree], Tree]) -> Any:
     """Return the loss of folded parameters that are seen through `view`."""
 
     def features(params: Tree, images: Array) -> _models.Features:
         return network.features(view(params), images)
 
-    inner = _distill_methods.make_loss(_distill_methods.METHODS[method], 0.0, features)
+    inner = _distill_methods.make_loss(METHODS[method], 0.0, features)
 
     def loss(params: Tree, state: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
         return inner({"student": params, "extra": ()}, state, batch)

@@ -85,6 +85,7 @@ class Pair:
         self.modules = {name: make() for name, make in self.made.items()}
         # One function for each network, so that each is compiled once.
         self.logits = {name: partial(_logits, module) for name, module in self.modules.items()}
+        self.features = {name: partial(_features, each) for name, each in self.logits.items()}
 
     def initial(self, name: str, seed: int) -> Tree:
         """Return fresh parameters."""
@@ -108,6 +109,12 @@ def _logits(module: _models.LeNet5, params: Tree, images: Array) -> Array:
     return module.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
 
 
+def _features(logits: Callable[[Tree, Array], Array], params: Tree, images: Array) -> Any:
+    """Return logits where features are expected; there are no others to compare."""
+    found = logits(params, images)
+    return _models.Features(found, found[:, :0], found[:, :0])
+
+
 def measure(
     settings: Settings,
     pair: Pair,
@@ -125,11 +132,9 @@ def measure(
     def train(
         name: str, network: str, method: str, params: Tree, pool: Any, epochs: int, rate: float
     ) -> Tree:
-        def features(params: Tree, images: Array) -> _models.Features:
-            logits = pair.logits[network](params, images)
-            return _models.Features(logits, logits, logits)
-
-        loss = _distill_methods.make_loss(_distill_methods.METHODS[method], 0.0, features)
+        loss = _distill_methods.make_loss(
+            _distill_methods.METHODS[method], 0.0, pair.features[network]
+        )
         fit = _distill_training.Fit(settings.batch, epochs, rate, settings.weight_decay)
         trained = {"student": params, "extra": ()}
         stem = work / f"{name.replace(' ', '-')}-{seed}.ckpt"
@@ -140,10 +145,7 @@ def measure(
     fresh = pair.initial("teacher", seed)
     trees["teacher"] = train("teacher", "teacher", "alone", fresh, pool, epochs, rate)
 
-    def said(params: Tree, images: Array) -> _models.Features:
-        logits = pair.logits["teacher"](params, images)
-        return _models.Features(logits, logits[:, :0], logits[:, :0])
-
+    said = pair.features["teacher"]
     taught = _distill_training.ask(pool, said, trees["teacher"], work / f"answers-{seed}")
     fresh = pair.initial("student", seed)
     trees["student alone"] = train("alone", "student", "alone", fresh, pool, epochs, rate)

@@ -37,7 +37,7 @@ from experiments import (
     quantize_images,
 )
 from experiments._distill_methods import METHODS
-from experiments._residual import ESTIMATED, Network, size
+from experiments._residual import ESTIMATED, Network, shared_network, size
 from jopt import distill, prune
 
 Tree = Any
@@ -88,7 +88,7 @@ class Run:
 
     def network(self, widths: Any) -> Network:
         """Return the network of some widths and blocks."""
-        return Network(*map(tuple, widths), self.data.num_classes)
+        return shared_network(*map(tuple, widths), self.data.num_classes)
 
     @cached_property
     def estimation(self) -> Array:
@@ -133,7 +133,7 @@ class Run:
     def train(
         self,
         name: str,
-        method: str,
+        method: _distill_methods.Method,
         weight: float,
         pool: _distill_training.Pool,
         seed: int,
@@ -141,7 +141,6 @@ class Run:
         widths: Any = None,
         epochs: int | None = None,
         examples: Array | None = None,
-        soft_only: Array | None = None,
     ) -> Tree:
         """Train one network by a method; returns it folded."""
         settings = self.settings
@@ -150,9 +149,9 @@ class Run:
         params = network.initial(key, self.shape)
         teacher_width = settings.teacher[0][-1]
         about = _distill_methods.Widths(network.widths[-1], teacher_width, pool.count)
-        extra, state = METHODS[method].init(jax.random.fold_in(key, 1), about)
+        extra, state = method.init(jax.random.fold_in(key, 1), about)
         trained = self.fit(epochs or settings.epochs).run(
-            _distill_methods.make_loss(METHODS[method], weight, network.training, soft_only),
+            _distill_methods.make_loss(method, weight, network.training),
             {"student": params, "extra": extra},
             pool,
             seed,
@@ -193,7 +192,11 @@ class Run:
             tried = {}
             for weight in method.weights if len(method.weights) > 1 else ():
                 params = self.train(
-                    f"tuning-{name}-{weight:g}", name, weight, self.taught, self.settings.seeds[0],
+                    f"tuning-{name}-{weight:g}",
+                    method,
+                    weight,
+                    self.taught,
+                    self.settings.seeds[0],
                     epochs=self.settings.tuning_epochs,
                 )  # fmt: skip
                 network = self.network(self.settings.student)
@@ -202,10 +205,6 @@ class Run:
             found[name] = {"weight": float(best), "validation": tried}
             _results.write_atomically(file, json.dumps(found).encode())
         return found
-
-
-def _combined(feature: str) -> _distill_methods.Method:
-    return dataclasses.replace(METHODS[feature], soft=True)
 
 
 def _fewer(run: Run, fraction: float, seed: int) -> Array:
@@ -234,22 +233,25 @@ def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]
         run.say(f"seed {seed}: {key}: validation {scores['validation']:.2%}")
 
     train = partial(run.train, seed=seed)
-    for name in METHODS:
-        row(name, 1.0, partial(train, name, name, weights[name]["weight"], run.taught))
+    for name, method in METHODS.items():
+        row(name, 1.0, partial(train, name, method, weights[name]["weight"], run.taught))
     best = max(_distill_methods.FEATURES, key=lambda name: done[f"{name} 1"]["validation"])
-    if f"KD + {best}" not in METHODS:
-        METHODS.setdefault(f"KD + {best}", _combined(best))
-    name = "KD + best feature"
-    both = partial(train, f"KD-{best}", f"KD + {best}", weights[best]["weight"], run.taught)
-    row(name, 1.0, both)
+    both = dataclasses.replace(METHODS[best], soft=True)
+    weight = weights[best]["weight"]
+    row("KD + best feature", 1.0, partial(train, f"KD-{best}", both, weight, run.taught))
 
     def taught_by(name: str, teacher: tuple[Tree, Any]) -> tuple[Tree, Any]:
-        return train(name, "KD", 0.0, run.answers(*teacher)), settings.student
+        return train(name, METHODS["KD"], 0.0, run.answers(*teacher)), settings.student
 
     def assisted() -> Tree:
         def assistant(teacher: tuple[Tree, Any]) -> tuple[Tree, Any]:
             assistant = run.train(
-                "assistant", "KD", 0.0, run.taught, settings.seeds[0], widths=settings.assistant
+                "assistant",
+                METHODS["KD"],
+                0.0,
+                run.taught,
+                settings.seeds[0],
+                widths=settings.assistant,
             )
             return assistant, settings.assistant
 
@@ -259,7 +261,7 @@ def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]
     row("teacher assistant", 1.0, assisted)
 
     def born_again() -> Tree:
-        first = train("alone", "alone", 0.0, run.taught), settings.student
+        first = train("alone", METHODS["alone"], 0.0, run.taught), settings.student
         chain = [
             partial(taught_by, f"generation{number}") for number in range(settings.generations)
         ]
@@ -269,22 +271,24 @@ def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]
 
     for fraction in settings.labels:
         known = _fewer(run, fraction, seed)
-        unknown = jnp.ones(run.pool.count, bool).at[known].set(False)
+        some = jnp.zeros(run.pool.count, bool).at[known].set(True)
+        labels = jnp.where(jnp.tile(some, run.pool.copies), run.taught.labels, -1)
+        partly = dataclasses.replace(run.taught, labels=labels)
         stem = f"{fraction:g}"
         row(
             "alone",
             fraction,
-            partial(train, f"alone-{stem}", "alone", 0.0, run.taught, examples=known),
+            partial(train, f"alone-{stem}", METHODS["alone"], 0.0, run.taught, examples=known),
         )
         row(
             "KD, labelled images",
             fraction,
-            partial(train, f"KD-{stem}", "KD", 0.0, run.taught, examples=known),
+            partial(train, f"KD-{stem}", METHODS["KD"], 0.0, run.taught, examples=known),
         )
         row(
             "KD, all images",
             fraction,
-            partial(train, f"KD-all-{stem}", "KD", 0.0, run.taught, soft_only=unknown),
+            partial(train, f"KD-all-{stem}", METHODS["KD"], 0.0, partly),
         )
     return [done[key] for key in wanted]
 

@@ -7,6 +7,7 @@ validation images, in a short training, by `experiments._distill_comparison`.
 
 import dataclasses
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -142,34 +143,30 @@ METHODS: dict[str, Method] = {
 FEATURES = ("hint", "AT", "SP", "RKD", "CRD")
 
 
+@lru_cache(64)
 def make_loss(
-    method: Method,
-    weight: float,
-    student: Callable[[Tree, Array], Features],
-    soft_only: Array | None = None,
+    method: Method, weight: float, student: Callable[[Tree, Array], Features]
 ) -> _distill_training.Loss:
-    """Return the loss of a training tree `{"student", "extra"}`.
+    """Return the loss of a training tree `{"student", "extra"}`, for equal arguments the same.
+
+    Images whose label is -1 are taught by the teacher alone.
 
     Args:
       method: what is compared.
       weight: of the comparison.
       student: `(params, images) -> features`, in training.
-      soft_only: True for the training examples whose labels are not known; they are taught by the
-        teacher alone.
     """
 
     def loss(trained: Tree, state: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
         own = student(trained["student"], batch.images)
-        hard = optax.softmax_cross_entropy_with_integer_labels(own.logits, batch.labels)
+        known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
+        hard = optax.softmax_cross_entropy_with_integer_labels(own.logits, labels)
         teacher = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), batch.teacher)
+        losses = jnp.where(known, hard, 0.0)
         if method.soft:
             soft = distill.kd_loss(own.logits, teacher.logits, TEMPERATURE)
             mixed = (1 - SOFT_WEIGHT) * hard + SOFT_WEIGHT * soft
-            losses = (
-                mixed if soft_only is None else jnp.where(soft_only[batch.examples], soft, mixed)
-            )
-        else:
-            losses = hard
+            losses = jnp.where(known, mixed, soft)
         if method.compare is not None:
             more, state = method.compare(own, teacher, batch, trained["extra"], state)
             losses = losses + weight * more

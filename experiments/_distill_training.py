@@ -8,7 +8,7 @@ and not at every step of every student. The outputs are kept by `jopt.distill.ca
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Pool:
 
     Attributes:
       images: uint8, (copies * count, height, width, channel); the first copy is the plain images.
-      labels: int32, (copies * count,).
+      labels: int32, (copies * count,); -1 where nobody knows.
       count: examples in one copy.
       teacher: a tree of the teacher's outputs with a row for each image, or None.
     """
@@ -97,6 +97,11 @@ class Carry(NamedTuple):
 Loss = Callable[[Tree, Tree, Batch], tuple[Array, Tree]]
 
 
+# What is compiled for one seed serves the others: the same functions give the same step.
+_optimizer = lru_cache(quantize_images.optimizer)
+
+
+@lru_cache(64)
 def _step(
     loss: Loss, tx: optax.GradientTransformation, count: int, augment: Any
 ) -> Callable[..., tuple[Carry, Array]]:
@@ -180,7 +185,7 @@ class Fit:
         """
         steps = max(1, pool.count // self.batch)
         if tx is None:
-            tx = quantize_images.optimizer(self.rate, steps * self.epochs, self.weight_decay)
+            tx = _optimizer(self.rate, steps * self.epochs, self.weight_decay)
         key = jax.random.fold_in(jax.random.key(seed), 7)
         params, state = jax.tree.map(jnp.copy, (params, state))  # their memory is given away
         fresh = Carry(params, jax.jit(tx.init)(params), jnp.copy(key), state)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -59,16 +59,17 @@ class Network:
 
     def fold(self, params: Tree, images: Array) -> Tree:
         """Fold the batch norms in, with the averages of these normalized images."""
-
-        def update(params: Tree, averages: Tree, images: Array) -> Tree:
-            variables = {"params": params, "batch_stats": averages}
-            return self.normed.apply(variables, images, True, mutable=["batch_stats"])[1][
-                "batch_stats"
-            ]
-
         batches = [images[at : at + 512] for at in range(0, len(images) - 511, 512)] or [images]
-        averages = layers.reestimate_batch_norm(update, params, fresh_averages(params), batches)
+        averages = layers.reestimate_batch_norm(
+            self._moved, params, fresh_averages(params), batches
+        )
         return folded(params, averages)
+
+    def _moved(self, params: Tree, averages: Tree, images: Array) -> Tree:
+        """Return the running averages after a batch."""
+        variables = {"params": params, "batch_stats": averages}
+        moved = self.normed.apply(variables, images, True, mutable=["batch_stats"])[1]
+        return moved["batch_stats"]
 
     def features(self, params: Tree, images: Array) -> _models.Features:
         """Run the folded network."""
@@ -85,6 +86,10 @@ class Network:
     def accuracy(self, params: Tree, part: tuple[Array, Array]) -> float:
         """Return the accuracy of folded parameters."""
         return round(1 - _train.error_rate(self.logits, params, *part), 6)
+
+
+# Methods of the same object are the same function to jit: what is compiled once serves all seeds.
+shared_network = lru_cache(Network)
 
 
 def fresh_averages(params: Tree) -> Tree:

@@ -48,6 +48,7 @@ Tree = Any
 SMALLER = 20.0  # times, in bytes
 KEPT = 0.97  # of the teacher's accuracy
 HOW = ("alone", "KD", "KD + hint")
+STUDENTS = ("transformer", "cnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +203,10 @@ class Run:
         self.work = work / f"seed-{seed}"
         words = len(data.vocabulary) + 2
         few = min(settings.student_words, words)
-        common = {"num_classes": data.num_classes}
-        shape = common | {"positions": settings.length}
-        drop = {"dropout": settings.student_dropout}
-        modules = {
+        common: dict[str, Any] = {"num_classes": data.num_classes}
+        shape: dict[str, Any] = common | {"positions": settings.length}
+        drop: dict[str, Any] = {"dropout": settings.student_dropout}
+        modules: dict[str, Any] = {
             "teacher": TextTransformer(
                 **shape, vocabulary=words, dropout=settings.teacher_dropout, **settings.teacher
             ),
@@ -284,7 +285,7 @@ class Run:
         rows = [self.row("teacher", "alone", teacher)]
         network = self.networks["teacher"]
         taught = _distill_training.ask(self.pool, network.features, teacher, self.work / "answers")
-        for name in ("transformer", "cnn"):
+        for name in STUDENTS:
             trees = {how: self.train(name, how, taught) for how in HOW}
             found = {how: self.row(name, how, tree) for how, tree in trees.items()}
             rows += found.values()
@@ -350,7 +351,7 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_name = {(row["network"], row["how"]): row for row in rows}
     teacher = by_name["teacher", "alone"]
     found = []
-    for name in ("transformer", "cnn"):
+    for name in STUDENTS:
         row = by_name[name, "KD, pruned, quantized"]
         smaller = min(a / b for a, b in zip(teacher["bytes"], row["bytes"], strict=True))
         kept = row["mean_test"] / teacher["mean_test"]

@@ -235,13 +235,16 @@ def test_every_part_of_the_image_experiment_runs_and_resumes(folder, monkeypatch
     assert len(list((folder / "out").glob("*.png"))) == 2
 
 
-def test_the_text_experiment_runs_and_compresses(folder):
+def test_the_text_experiment_runs_and_compresses(folder, monkeypatch):
     tiny_tfds.write_text(folder / "tfds", "tiny_text")
+    monkeypatch.setattr(distill_text, "STUDENTS", ("cnn",))
+    monkeypatch.setattr(distill_text, "HOW", ("alone", "KD + hint"))
     distill_text.main(["--smoke", "--dataset", "tiny_text", "--out", str(folder / "out")])
     (file,) = (folder / "out").glob("*.json")
     rows = json.loads(file.read_text())["figures"]["sentences"]
-    assert [row["network"] for row in rows] == ["teacher", *["transformer"] * 5, *["cnn"] * 5]
-    for row in rows:
-        if row["how"].endswith("quantized"):
-            assert row["left"][0] < 0.5 * row["parameters"]
-            assert row["bytes"][0] < row["parameters"]
+    teacher, alone, taught, *packed = rows
+    assert [row["network"] for row in rows] == ["teacher", *["cnn"] * 4]
+    assert taught["how"] == "KD + hint" and len(packed) == 2
+    for row in packed:
+        assert row["left"][0] < 0.7 * alone["left"][0]
+        assert row["bytes"][0] < 0.7 * alone["bytes"][0] < teacher["bytes"][0]
