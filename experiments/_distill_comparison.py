@@ -27,6 +27,7 @@ from rich.console import Console
 import jopt
 from experiments import (
     _checkpoint,
+    _compress,
     _data,
     _distill_methods,
     _distill_report,
@@ -37,7 +38,7 @@ from experiments import (
     quantize_images,
 )
 from experiments._distill_methods import METHODS
-from experiments._residual import ESTIMATED, Network, shared_network, size
+from experiments._residual import ESTIMATED, Network, shared_network
 from jopt import distill, prune
 
 Tree = Any
@@ -173,14 +174,10 @@ class Run:
     def answers(self, params: Tree, widths: Any) -> _distill_training.Pool:
         """Return the pool with the logits of another teacher."""
         network = self.network(widths)
-        forward = jax.jit(lambda part: network.features(params, _train.normalize(part)).logits)
-        images = self.pool.images
-        chunk = min(1000, len(images))
-        logits = [forward(images[at : at + chunk]) for at in range(0, len(images), chunk)]
-        said = _models.Features(jnp.concatenate(logits), jnp.zeros(0), jnp.zeros(0))
-        rows = len(images)
-        empty = jnp.zeros((rows, 0))
-        return dataclasses.replace(self.pool, teacher=said._replace(embedding=empty, maps=empty))
+        forward = jax.jit(lambda params, part: network.logits(params, _train.normalize(part)))
+        logits = _train.in_parts(partial(forward, params), self.pool.images)
+        said = _models.Features(logits, logits[:, :0], logits[:, :0])
+        return dataclasses.replace(self.pool, teacher=said)
 
     def weights(self) -> dict[str, Any]:
         """Choose each method's weight by a short training of the first seed."""
@@ -201,7 +198,8 @@ class Run:
                 )  # fmt: skip
                 network = self.network(self.settings.student)
                 tried[f"{weight:g}"] = network.accuracy(params, self.validation)
-            best = max(tried, key=lambda key: tried[key]) if tried else method.weights[0]
+            only = next(iter(method.weights))
+            best = max(tried, key=lambda key: tried[key]) if tried else only
             found[name] = {"weight": float(best), "validation": tried}
             _results.write_atomically(file, json.dumps(found).encode())
         return found
@@ -306,7 +304,7 @@ def about_networks(run: Run) -> dict[str, Any]:
         network = run.network(widths)
         images = jnp.zeros((1, *run.shape))
         found[name] = {
-            "parameters": size(params),
+            "parameters": _compress.size(params),
             "multiply_adds": prune.multiply_adds(network.visible_logits, params, images).total,
         }
     found["teacher"] |= run.scores(run.teacher, settings.teacher)
@@ -355,7 +353,7 @@ def run(
     _distill_report.plot(figures, plot(tag))
     return {
         "tag": tag,
-        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "data": _data.about(data),
         "settings": dataclasses.asdict(settings)
         | {
             "temperature": _distill_methods.TEMPERATURE,

@@ -143,6 +143,23 @@ METHODS: dict[str, Method] = {
 FEATURES = ("hint", "AT", "SP", "RKD", "CRD")
 
 
+def mixed_loss(
+    logits: Array, said: Array, labels: Array, temperature: float, soft_weight: float
+) -> Array:
+    """Mix the cross-entropy with Hinton's loss, (batch,); that alone where the label is -1.
+
+    Args:
+      logits: of the student, (batch, classes).
+      said: the teacher's logits, (batch, classes).
+      labels: (batch,).
+      temperature: of the teacher's answers.
+      soft_weight: of Hinton's loss where there is a label, 0 to 1.
+    """
+    hard = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    soft = distill.kd_loss(logits, said, temperature)
+    return jnp.where(labels >= 0, (1 - soft_weight) * hard + soft_weight * soft, soft)
+
+
 @lru_cache(64)
 def make_loss(
     method: Method, weight: float, student: Callable[[Tree, Array], Features]
@@ -159,14 +176,13 @@ def make_loss(
 
     def loss(trained: Tree, state: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
         own = student(trained["student"], batch.images)
-        known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
-        hard = optax.softmax_cross_entropy_with_integer_labels(own.logits, labels)
         teacher = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), batch.teacher)
-        losses = jnp.where(known, hard, 0.0)
         if method.soft:
-            soft = distill.kd_loss(own.logits, teacher.logits, TEMPERATURE)
-            mixed = (1 - SOFT_WEIGHT) * hard + SOFT_WEIGHT * soft
-            losses = jnp.where(known, mixed, soft)
+            losses = mixed_loss(own.logits, teacher.logits, batch.labels, TEMPERATURE, SOFT_WEIGHT)
+        else:
+            known = jnp.maximum(batch.labels, 0)
+            hard = optax.softmax_cross_entropy_with_integer_labels(own.logits, known)
+            losses = jnp.where(batch.labels >= 0, hard, 0.0)
         if method.compare is not None:
             more, state = method.compare(own, teacher, batch, trained["extra"], state)
             losses = losses + weight * more

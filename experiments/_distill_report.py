@@ -43,15 +43,7 @@ def table(figures: dict[str, Any], targets: list[dict[str, Any]], console: Conso
             "" if row["method"] == "alone" else f"{100 * gain.mean():+.2f}",
         )
     console.print(found)
-    print_targets(targets, console)
-
-
-def print_targets(targets: list[dict[str, Any]], console: Console) -> None:
-    """Print what was asked for, and whether it was met."""
-    for each in targets:
-        sign = ">=" if each["better"] == "higher" else "<="
-        verdict = "[green]met[/]" if each["met"] else "[red]missed[/]"
-        console.print(f"{verdict}  {each['target']}: {each['value']} (goal {sign} {each['goal']})")
+    _report.print_targets(targets, console)
 
 
 def plot(figures: dict[str, Any], file: Path) -> None:
@@ -106,7 +98,7 @@ def classic_table(figures: dict[str, Any], targets: list[dict[str, Any]], consol
             row["network"], f"{row['mean_test']:.2%}", f"{min(tests):.2%} to {max(tests):.2%}"
         )
     console.print(found)
-    print_targets(targets, console)
+    _report.print_targets(targets, console)
 
 
 def text_table(rows: list[dict[str, Any]], targets: list[dict[str, Any]], console: Console) -> None:
@@ -133,7 +125,7 @@ def text_table(rows: list[dict[str, Any]], targets: list[dict[str, Any]], consol
             f"{row['mean_test'] / teacher['mean_test']:.1%}",
         )
     console.print(found)
-    print_targets(targets, console)
+    _report.print_targets(targets, console)
 
 
 def text_plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -147,11 +139,11 @@ def text_plot(rows: list[dict[str, Any]], file: Path) -> None:
     colors = {"teacher": "0.35", "transformer": "C0", "cnn": "C1"}
     markers = dict(zip(dict.fromkeys(row["how"] for row in rows), "osD^*", strict=False))
     for row in rows:
-        look = {"color": colors[row["network"]], "marker": markers[row["how"]]}
+        look: dict[str, Any] = {"color": colors[row["network"]], "marker": markers[row["how"]]}
         place = np.mean(row["bytes"])
         tests = 100 * np.array(row["test"])
         axis.plot([place] * 2, [tests.min(), tests.max()], color=look["color"], linewidth=1)
-        axis.plot(place, tests.mean(), markersize=8, linestyle="none", **look)
+        axis.plot(place, tests.mean(), markersize=8, **look)
     for network, color in colors.items():
         axis.plot([], [], color=color, linewidth=4, label=network)
     for how, marker in markers.items():
@@ -166,7 +158,8 @@ def text_plot(rows: list[dict[str, Any]], file: Path) -> None:
         ha="right",
         fontsize=8,
     )
-    _bytes_axis(axis)
+    _report.bytes_axis(axis)
+    axis.set_ylabel("test accuracy, %")
     axis.legend(frameon=False, fontsize=8, ncols=2)
     _report.save_plot(figure, file)
 
@@ -195,7 +188,7 @@ def bytes_table(
             f"{row['mean_test']:.2%} ±{50 * (max(tests) - min(tests)):.2f}",
         )
     console.print(found)
-    print_targets(targets, console)
+    _report.print_targets(targets, console)
 
 
 def bytes_plot(rows: list[dict[str, Any]], data: str, file: Path) -> None:
@@ -214,20 +207,8 @@ def bytes_plot(rows: list[dict[str, Any]], data: str, file: Path) -> None:
         big = 12 if marker == "*" else 6
         (line,) = axis.plot(sizes, tests.mean(1), marker=marker, markersize=big, label=way)
         axis.fill_between(sizes, tests.min(1), tests.max(1), color=line.get_color(), alpha=0.15)
-    _bytes_axis(axis)
+    _report.bytes_axis(axis)
+    axis.set_ylabel("test accuracy, %")
     axis.set_title(f"{data}: test accuracy against file size", loc="left", fontweight="bold")
     axis.legend(frameon=False, loc="lower right")
     _report.save_plot(figure, file)
-
-
-def _bytes_axis(axis: Any) -> None:
-    """Label an axis of bytes and one of accuracies."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1000:,g} kB"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("bytes of the one file that reloads (log scale)")
-    axis.set_ylabel("test accuracy, %")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)

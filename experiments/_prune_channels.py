@@ -29,6 +29,7 @@ import jopt
 from experiments import (
     _checkpoint,
     _cnn,
+    _compress,
     _data,
     _distill_training,
     _models,
@@ -150,22 +151,24 @@ class Run:
         return prune.masks_to_budget(masks, cost, budget, limits=(0.0, 0.95)).masks
 
     @cached_property
+    def networks(self) -> dict[int, tuple[Tree, "Scored"]]:
+        """Return the dense network of each seed: its parameters, and the folded network scored."""
+        return {seed: dense_network(self, seed) for seed in self.settings.seeds}
+
+    @cached_property
     def pool(self) -> _distill_training.Pool:
         """Return the training images and their mirror images, with what all dense networks say."""
         images, labels = self.train
         both = jnp.concatenate([images, images[:, :, ::-1]])
-        dense = distill.stack_params(
-            [dense_network(self, n)[1].params for n in self.settings.seeds]
-        )
+        dense = distill.stack_params([scored.params for _, scored in self.networks.values()])
         temperature = self.settings.temperature
 
         @jax.jit
-        def ask(part: Array) -> Array:
+        def ask(dense: Tree, part: Array) -> Array:
             logits = jax.vmap(_cnn.folded_logits, (0, None))(dense, _train.normalize(part))
             return distill.ensemble_logits(logits, temperature=temperature)
 
-        chunk = min(500, len(both))
-        logits = jnp.concatenate([ask(both[at : at + chunk]) for at in range(0, len(both), chunk)])
+        logits = _train.in_parts(partial(ask, dense), both, 500)
         return _distill_training.Pool(both, jnp.tile(labels, 2), len(images), logits)
 
     def tune(self, criterion: str, shrunk: prune.Shrunk, seed: int) -> Tree:
@@ -254,7 +257,7 @@ def measure(
         "criterion": criterion,
         "seed": seed,
         "units": {name: f"{stays.sum()} of {len(stays)}" for name, stays in shrunk.units.items()},
-        "parameters": [sum(leaf.size for leaf in jax.tree.leaves(t.params)) for t in both],
+        "parameters": [_compress.size(each.params) for each in both],
         "multiply_adds": [each.multiply_adds for each in both],
         "validation": [each.validation for each in both],
         "test": [each.test for each in both],
@@ -348,7 +351,7 @@ def run(
         settings = dataclasses.replace(settings, epochs=1, repeats=3, batch=8)
         data, criteria = _data.head(data, head), criteria[1:2]
     each = Run(settings, data, work, console.print)
-    rows, networks, dense = [], {}, {seed: dense_network(each, seed) for seed in seeds}
+    rows, networks, dense = [], {}, each.networks
     for criterion in criteria:
         for seed in seeds:
             row, networks[criterion, seed] = measure(each, criterion, seed, *dense[seed])
@@ -369,7 +372,7 @@ def run(
     table(figures, console)
     return {
         "tag": tag,
-        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "data": _data.about(data),
         "settings": dataclasses.asdict(settings) | {"examples": EXAMPLES},
         "figures": figures,
         "targets": [] if tag else targets,

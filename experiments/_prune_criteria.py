@@ -228,11 +228,14 @@ class Run:
         schedule = prune.cubic_schedule(level, 0, total // 2)
 
         def loss(both: Tree, images: Array, labels: Array, key: Array, level: Array) -> Array:
+            params, scores = both
             return self.loss(
-                prune.movement_params(*both, level, prune.global_topk_masks), images, labels
+                prune.movement_params(params, scores, level, prune.global_topk_masks),
+                images,
+                labels,
             )
 
-        rates = {
+        rates: dict[Any, optax.GradientTransformation] = {
             "params": self.adam(self.settings.tuning_rate, epochs),
             "scores": optax.adam(SCORE_RATE),
         }
@@ -481,11 +484,7 @@ def run(
         each = Run(network, data, settings, work, console.print)
         rows[network.name] = _prune_criteria_report.joined([measure(each, seed) for seed in seeds])
         scales[network.name] = start_scales(each, seeds[0])
-        about[network.name] = {
-            "name": data.name,
-            "source": data.source,
-            "validation": len(data.validation[1]),
-        }
+        about[network.name] = _data.about(data)
         tags.add("" if data.tag == network.dataset else data.tag)
     tag = "-".join(sorted(tags - {""}))
     targets = _prune_criteria_report.targets(rows) if head is None and not tag else []

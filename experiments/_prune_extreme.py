@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import jopt
 from experiments import (
     _checkpoint,
+    _compress,
     _data,
     _prune_extreme_report,
     _results,
@@ -85,16 +86,6 @@ class Settings:
             "lenet5": Recipe(280, 0.0080, 0, 40, 40, 1e-2, decay=1e-2, power=4, temperature=2),
         }
     )
-
-
-def left(params: Tree) -> int:
-    """Count the parameters that are not zero."""
-    return sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(params))
-
-
-def size(params: Tree) -> int:
-    """Count all the parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def pruning(recipe: Recipe, total: int, epoch: int, every: int) -> optax.GradientTransformation:
@@ -159,7 +150,7 @@ class Run:
         _, apply = mnist_lenet.network(name, self.data.num_classes)
         start = teacher if name == "lenet5" else self.compression.initial(name)
         epoch = pool.count // min(settings.batch, pool.count)
-        tx = pruning(recipe, size(start), epoch, settings.prune_every)
+        tx = pruning(recipe, _compress.size(start), epoch, settings.prune_every)
         loss = _stages.distilled_loss(
             apply, lambda params: params, recipe.temperature, settings.soft_weight
         )
@@ -187,10 +178,10 @@ def measure(name: str, tree: Tree, data: _data.Dataset, file: Path) -> dict[str,
     params = jopt.materialize(codec.load(file))
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
     return {
-        "parameters": size(params),
-        "left": left(params),
-        "ratio": round(size(params) / max(left(params), 1), 2),
-        "kernels_ratio": round(size(kernels) / max(left(kernels), 1), 2),
+        "parameters": _compress.size(params),
+        "left": _compress.nonzero(params),
+        "ratio": round(_compress.size(params) / max(_compress.nonzero(params), 1), 2),
+        "kernels_ratio": round(_compress.size(kernels) / max(_compress.nonzero(kernels), 1), 2),
         "left_by_layer": {
             layer: {kind: int((leaf != 0).sum()) for kind, leaf in leaves.items()}
             for layer, leaves in params.items()
@@ -285,7 +276,7 @@ def run(
     _prune_extreme_report.table(rows, targets, console)
     return {
         "tag": tag,
-        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "data": _data.about(data),
         "settings": dataclasses.asdict(settings),
         "figures": {
             "networks": rows,

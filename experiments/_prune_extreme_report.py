@@ -46,10 +46,7 @@ def table(rows: dict[str, Any], targets: list[dict[str, Any]], console: Console)
             )
         found.add_section()
     console.print(found)
-    for each in targets:
-        sign = ">=" if each["better"] == "higher" else "<="
-        verdict = "[green]met[/]" if each["met"] else "[red]missed[/]"
-        console.print(f"{verdict}  {each['target']}: {each['value']} (goal {sign} {each['goal']})")
+    _report.print_targets(targets, console)
 
 
 def plot(

@@ -102,12 +102,7 @@ def table(results: dict[str, Any], console: Console) -> None:
             f"{100 * (base['mean_test'] - row['mean_test']):.2f}",
         )
     console.print(found)
-    for each in results["targets"]:
-        sign = ">=" if each["better"] == "higher" else "<="
-        verdict = "[green]met[/]" if each["met"] else "[red]missed[/]"
-        console.print(
-            f"{verdict}  {each['target']}: {each['value']:.4f} (goal {sign} {each['goal']})"
-        )
+    _report.print_targets(results["targets"], console, ".4f")
 
 
 def frontier(rows: list[Row], near: float = 0.05) -> list[Row]:
@@ -130,7 +125,7 @@ def plot(rows: list[Row], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import MultipleLocator, PercentFormatter
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     base = rows[0]["mean_test"]
@@ -165,22 +160,17 @@ def plot(rows: list[Row], file: Path) -> None:
                 fontsize=8,
                 color=color,
             )
-    axes.set_xscale("log")
+    _report.bytes_axis(axes)
     axes.set_ylim(lowest, base + 0.003)
     axes.set_xlim(11e3, 420e3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1000:,g} kB"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks([15e3, 20e3, 30e3, 40e3, 60e3, 80e3, 120e3, 160e3, 240e3, 320e3])
     axes.yaxis.set_major_locator(MultipleLocator(0.005))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    axes.set_xlabel("bytes of the one file that reloads (log scale)")
     axes.set_ylabel("test accuracy, mean and range of seeds")
     axes.set_title(
         "every row without quantized inputs; lines: best on validation images for its size",
         loc="left",
         fontsize=10,
     )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     _report.save_plot(figure, file)

@@ -34,11 +34,29 @@ def table(results: dict[str, Any], title: str, out: Path, console: Console) -> N
             )
         found.add_section()
     console.print(found)
-    for each in results["targets"]:
+    print_targets(results["targets"], console)
+    console.print(f"Results: {out / title}.json, plot {out / title}.png, networks {out / title}/")
+
+
+def print_targets(targets: list[dict[str, Any]], console: Console, form: str = "") -> None:
+    """Print what was asked for, and whether it was met; `form` is how values are written."""
+    for each in targets:
         sign = ">=" if each["better"] == "higher" else "<="
         verdict = "[green]met[/]" if each["met"] else "[red]missed[/]"
-        console.print(f"{verdict}  {each['target']}: {each['value']} (goal {sign} {each['goal']})")
-    console.print(f"Results: {out / title}.json, plot {out / title}.png, networks {out / title}/")
+        value = format(each["value"], form)
+        console.print(f"{verdict}  {each['target']}: {value} (goal {sign} {each['goal']})")
+
+
+def bytes_axis(axes: Any) -> None:
+    """Make the horizontal axis one of bytes, on a log scale."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1000:,g} kB"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("bytes of the one file that reloads (log scale)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot(networks: dict[str, Any], data: str, file: Path) -> None:
@@ -47,7 +65,7 @@ def plot(networks: dict[str, Any], data: str, file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     worst = 0.0
@@ -68,17 +86,12 @@ def plot(networks: dict[str, Any], data: str, file: Path) -> None:
         worst = max(worst, *errors)
     for form, marker in MARKERS.items():
         axes.plot([], [], marker, color="gray", markersize=9, label=FORMS[form])
-    axes.set_xscale("log")
+    bytes_axis(axes)
     axes.set_ylim(0, 1.15 * worst + 1e-4)
     axes.margins(x=0.1)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1000:,g} kB"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=2))
-    axes.set_xlabel("bytes of the one file that reloads (log scale)")
     axes.set_ylabel("test error")
     axes.set_title(f"{data}: test error against file size", loc="left", fontweight="bold")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2, loc="upper right")
     save_plot(figure, file)
 

@@ -117,8 +117,3 @@ def folded(params: Tree, averages: Tree) -> Tree:
             "bias": norm["bias"] - stats["mean"] * factor,
         }
     return found
-
-
-def size(params: Tree) -> int:
-    """Count the parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

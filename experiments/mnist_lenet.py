@@ -211,8 +211,14 @@ class Compression:
             dense = teacher
         else:
             fresh, tx = self.initial(name), self._dense_tx(recipe)
-            dense = stage("distil", fresh, tx, _same, recipe.dense).params
-        carry = stage("prune", dense, self._pruning_tx(recipe), _same, recipe.prune + recipe.tune)
+            dense = stage("distil", fresh, tx, _compress.unchanged, recipe.dense).params
+        carry = stage(
+            "prune",
+            dense,
+            self._pruning_tx(recipe),
+            _compress.unchanged,
+            recipe.prune + recipe.tune,
+        )
         pruned, masks = carry.params, prune.current_masks(carry.opt_state)
         rate = optax.cosine_decay_schedule(
             recipe.quantize_rate, self.updates(recipe.quantize), alpha=0.02
@@ -245,10 +251,6 @@ class Compression:
         return optax.chain(optax.adam(rate), prune.prune_gradually(level, every))
 
 
-def _same(params: Tree) -> Tree:
-    return params
-
-
 def error_on(apply: _train.Apply, params: Tree, part: tuple[Any, Any]) -> float:
     """Return the error rate on one part of a data set."""
     images, labels = map(jnp.asarray, part)
@@ -276,7 +278,7 @@ def measure(name: str, trees: dict[str, Tree], data: _data.Dataset, folder: Path
             "bytes": size,
             "float32_bytes": float_bytes,
             "ratio": round(float_bytes / size, 2),
-            "nonzero": sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(params)),
+            "nonzero": _compress.nonzero(params),
             "sparsity": round(float(prune.sparsity(params)), 5),
             "validation_error": round(error_on(apply, params, data.validation), 6),
             "test_error": round(error_on(apply, params, data.test), 6),
@@ -328,7 +330,7 @@ def run(settings: Settings, data: _data.Dataset, out: Path, work: Path, console:
     results = {
         "command": _results.command("experiments.mnist_lenet"),
         **_results.environment(("constriction", "tensorflow-datasets")),
-        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "data": _data.about(data),
         "settings": {**dataclasses.asdict(settings), "epochs_stretched": compression.stretch},
         "figures": {
             "networks": rows,

@@ -322,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = {
         "command": _results.command("experiments.quantize_images"),
         **_results.environment(("constriction", "tensorflow-datasets")),
-        "data": {"name": data.name, "source": data.source, "validation": len(data.validation[1])},
+        "data": _data.about(data),
         "settings": {**dataclasses.asdict(settings), "examples": EXAMPLES, "estimated": ESTIMATED},
         "figures": {"rows": _quantize_report.joined(by_seed)},
         "targets": [],

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from experiments import (
+    _compress,
     _data,
     _parts,
     _prune_criteria,
@@ -72,7 +73,7 @@ def test_a_recipe_ends_with_exactly_the_weights_that_it_names():
             {"kernel": jnp.sign(params["kernel"]), "bias": params["bias"]}, state, params
         )
         params = optax.apply_updates(params, updates)
-        levels.append(_prune_extreme.left(params))
+        levels.append(_compress.nonzero(params))
     masks = prune.current_masks(state)
     assert levels[7] == 104 and levels[-1] == 104 // 7
     assert levels == sorted(levels, reverse=True)
