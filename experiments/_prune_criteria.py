@@ -1,11 +1,14 @@
 """Every criterion at every sparsity: LeNet-5 on MNIST, the batch-norm network on Fashion-MNIST.
 
-Three ways to a sparse network, each with the same epochs within itself:
+Three ways to a sparse network, each with the same number of steps within itself:
 
 - *once*: train dense, remove everything at once, fine-tune with the masks held;
 - *gradual*: train dense, remove along Zhu and Gupta's cubic schedule while training on, fine-tune
   (movement's scores are trained along, and what was removed may come back);
-- *scratch*: sparse from the first step, as many epochs as the others together.
+- *scratch*: sparse from the first step, as many steps as dense training and pruning together.
+
+Trainings are short, a passage or less through the images, since there are 570 of them: what is
+compared is what each criterion makes of the same few steps, not how good a network can get.
 
 All kernels are pruned, biases and batch norms are not. The test images are looked at once for every
 row, and nothing is chosen by them. Every finished row is kept, so that a killed run goes on.
@@ -39,6 +42,7 @@ from jopt import layers, prune
 
 Tree = Any
 LEVELS = (0.8, 0.9, 0.95, 0.98, 0.99)
+CHUNK = 60  # steps in a compiled call
 EXAMPLES = 1024  # training images that scores and statistics are taken from
 SCORE_RATE = 1e-2  # Adam's, of the scores of movement pruning, as in the paper
 
@@ -49,13 +53,13 @@ class Settings:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     levels: tuple[float, ...] = LEVELS
-    batch: int = 64
-    dense: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 2, "cnn": 1})
-    after: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet5": 1, "cnn": 1})
+    batch: int = 32
+    dense_steps: int = 1200
+    after_steps: int = 600  # of pruning and fine-tuning
     rate: float = 2e-3
     tuning_rate: float = 2e-3
-    prune_every: int = 20
-    rewire_every: int = 100
+    prune_every: int = 10
+    rewire_every: int = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,18 +156,7 @@ class Run:
         about = dataclasses.asdict(settings) | {"seeds": None, "levels": None}
         about = [jopt.__version__, about, data.source, len(data.train[1])]
         self.work = work / f"{network.name}-{_checkpoint.digest(about)}"
-        self.epoch = max(1, len(data.train[1]) // settings.batch)
         self.steps: dict[Any, _train.Step] = {}
-
-    @property
-    def dense_epochs(self) -> int:
-        """Return the epochs of the dense training."""
-        return self.settings.dense[self.network.name]
-
-    @property
-    def after(self) -> int:
-        """Return the epochs of pruning and fine-tuning."""
-        return self.settings.after[self.network.name]
 
     def loss(self, params: Tree, images: Array, labels: Array, *unused: Any) -> Array:
         """Return the mean cross-entropy."""
@@ -177,21 +170,26 @@ class Run:
         logits = self.network.visible(params, images) / temperature
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def adam(self, rate: float, epochs: int) -> optax.GradientTransformation:
+    def adam(self, rate: float, steps: int) -> optax.GradientTransformation:
         """Return Adam with a short warm-up and a cosine to a hundredth of the rate."""
-        total = max(2, self.epoch * epochs)
-        warm = min(200, max(1, total // 10))
+        warm = min(200, max(1, steps // 10))
         return optax.adam(
-            optax.warmup_cosine_decay_schedule(rate / 20, rate, warm, total, rate / 100)
+            optax.warmup_cosine_decay_schedule(rate / 20, rate, warm, steps, rate / 100)
         )
 
-    def fit(self, name: Any, tx: Any, params: Tree, epochs: int, seed: int, at: int) -> Tree:
-        """Train for some epochs; steps of one name are compiled once."""
+    def fit(self, name: Any, tx: Any, params: Tree, steps: int, seed: int, at: int) -> Tree:
+        """Train for some steps; a step of one name is compiled once."""
         step = self.steps.setdefault(name, _train.make_step(self.loss, tx))
         key = jax.random.fold_in(jax.random.key(seed), at)
         carry = _train.start(params, tx, key)
-        batch = self.settings.batch
-        return _train.run_epochs(step, carry, self.train, batch, epochs, key).params
+        for some in self.batches(key, steps, CHUNK):
+            carry, _ = _train.run_epoch(step, carry, *self.train, some)
+        return carry.params
+
+    def batches(self, key: Array, steps: int, each: int) -> list[Array]:
+        """Return the indices of some steps, cut into pieces of a few."""
+        order = _train.long_order(key, len(self.train[1]), self.settings.batch, steps)
+        return [order[at : at + each] for at in range(0, steps, each)]
 
     def dense(self, seed: int) -> Tree:
         """Train the dense network of a seed, or read it."""
@@ -200,32 +198,29 @@ class Run:
         restored = _checkpoint.restore(file, params)
         if restored is not None:
             return restored
-        epochs = self.dense_epochs
-        tx = self.adam(self.settings.rate, epochs)
-        params = self.fit("dense", tx, params, epochs, seed, 1)
+        steps = self.settings.dense_steps
+        params = self.fit("dense", self.adam(self.settings.rate, steps), params, steps, seed, 1)
         _checkpoint.save(file, params)
         return params
 
     def held(self, masks: Tree, params: Tree, seed: int) -> Tree:
         """Fine-tune with the masks held."""
-        tx = optax.chain(self.adam(self.settings.tuning_rate, self.after), prune.keep_masked(masks))
-        masked = prune.apply_masks(params, masks)
-        return self.fit("held", tx, masked, self.after, seed, 2)
+        steps = self.settings.after_steps
+        tx = optax.chain(self.adam(self.settings.tuning_rate, steps), prune.keep_masked(masks))
+        return self.fit("held", tx, prune.apply_masks(params, masks), steps, seed, 2)
 
     def gradually(self, name: str, criterion: Any, level: float, params: Tree, seed: int) -> Tree:
-        """Remove weights over half of the epochs after the dense training."""
-        epochs = self.after
-        schedule = prune.cubic_schedule(level, 0, self.epoch * epochs // 2)
-        every = max(1, min(self.settings.prune_every, self.epoch // 2))
-        rule = prune.gradual(schedule, every, criterion)
-        tx = prune.sparse_training(self.adam(self.settings.tuning_rate, epochs), rule)
-        return self.fit((name, level), tx, params, epochs, seed, 2)
+        """Remove weights over half of the steps after the dense training."""
+        steps = self.settings.after_steps
+        schedule = prune.cubic_schedule(level, 0, steps // 2)
+        rule = prune.gradual(schedule, self.settings.prune_every, criterion)
+        tx = prune.sparse_training(self.adam(self.settings.tuning_rate, steps), rule)
+        return self.fit((name, level), tx, params, steps, seed, 2)
 
     def moved(self, level: float, params: Tree, seed: int) -> Tree:
         """Remove as `gradually` does, by scores that are trained along: weights may come back."""
-        epochs, every = self.after, max(1, min(self.settings.prune_every, self.epoch // 2))
-        total = self.epoch * epochs
-        schedule = prune.cubic_schedule(level, 0, total // 2)
+        steps, every = self.settings.after_steps, self.settings.prune_every
+        schedule = prune.cubic_schedule(level, 0, steps // 2)
 
         def loss(both: Tree, images: Array, labels: Array, key: Array, level: Array) -> Array:
             params, scores = both
@@ -236,26 +231,27 @@ class Run:
             )
 
         rates: dict[Any, optax.GradientTransformation] = {
-            "params": self.adam(self.settings.tuning_rate, epochs),
+            "params": self.adam(self.settings.tuning_rate, steps),
             "scores": optax.adam(SCORE_RATE),
         }
         tx = optax.multi_transform(rates, ("params", "scores"))
         step = self.steps.setdefault("moved", _train.make_step(loss, tx))
         key = jax.random.fold_in(jax.random.key(seed), 2)
         carry = _train.start((params, jax.tree.map(jnp.zeros_like, params)), tx, key)
-        for epoch in range(epochs):
-            order_key = jax.random.fold_in(key, epoch)
-            order = _train.epoch_order(order_key, len(self.train[1]), self.settings.batch)
-            for at in range(0, len(order), every):
-                now = jnp.float32(schedule(epoch * self.epoch + at))
-                some = order[at : at + every]
-                carry, _ = _train.run_epoch(step, carry, *self.train, some, now)
+        for n, some in enumerate(self.batches(key, steps, every)):
+            now = jnp.float32(schedule(n * every))
+            carry, _ = _train.run_epoch(step, carry, *self.train, some, now)
         params, scores = carry.params
         return prune.apply_masks(params, prune.global_topk_masks(scores, level))
 
+    @property
+    def all_steps(self) -> int:
+        """Return the steps of a network that is sparse from the start."""
+        return self.settings.dense_steps + self.settings.after_steps
+
     def from_scratch(self, name: str, tx: Any, params: Tree, seed: int) -> Tree:
         """Train a network that is sparse from the start."""
-        return self.fit(name, tx, params, self.dense_epochs + self.after, seed, 1)
+        return self.fit(name, tx, params, self.all_steps, seed, 1)
 
     def examples(self) -> tuple[Array, Array]:
         """Return the images, normalized, and labels that scores are taken from."""
@@ -324,8 +320,7 @@ def _at_start(masks_of: Callable[[Run, Tree, float, int], Tree]) -> Make:
     def make(run: Run, dense: Tree, level: float, seed: int) -> Tree:
         params = _fresh(run, seed)
         masks = masks_of(run, params, level, seed)
-        epochs = run.dense_epochs + run.after
-        tx = optax.chain(run.adam(run.settings.rate, epochs), prune.keep_masked(masks))
+        tx = optax.chain(run.adam(run.settings.rate, run.all_steps), prune.keep_masked(masks))
         return run.from_scratch("fixed", tx, prune.apply_masks(params, masks), seed)
 
     return make
@@ -340,9 +335,8 @@ def _rewired(name: str, rule: Callable[[Run, Tree, int, int], Any]) -> Make:
     def make(run: Run, dense: Tree, level: float, seed: int) -> Tree:
         params = _fresh(run, seed)
         masks = _random_masks(run, params, level, seed)
-        epochs = run.dense_epochs + run.after
-        end = run.epoch * epochs * 3 // 4
-        tx = prune.sparse_training(run.adam(run.settings.rate, epochs), rule(run, masks, end, seed))
+        adam = run.adam(run.settings.rate, run.all_steps)
+        tx = prune.sparse_training(adam, rule(run, masks, run.all_steps * 3 // 4, seed))
         return run.from_scratch(name, tx, prune.apply_masks(params, masks), seed)
 
     return make
@@ -350,7 +344,7 @@ def _rewired(name: str, rule: Callable[[Run, Tree, int, int], Any]) -> Make:
 
 def _set(run: Run, masks: Tree, end: int, seed: int) -> Any:
     del end
-    return prune.set_rule(jax.random.key(seed), masks, run.epoch)  # once an epoch, as the paper
+    return prune.set_rule(jax.random.key(seed), masks, run.settings.rewire_every)
 
 
 def _rigl(run: Run, masks: Tree, end: int, seed: int) -> Any:
@@ -462,8 +456,7 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
 
 def smoke(settings: Settings) -> Settings:
     """Shorten everything to an epoch of what little data there then is."""
-    once = dict.fromkeys(settings.dense, 1)
-    return dataclasses.replace(settings, dense=once, after=once, levels=(0.9,), batch=8)
+    return dataclasses.replace(settings, dense_steps=60, after_steps=60, levels=(0.9,), batch=8)
 
 
 def run(

@@ -103,6 +103,17 @@ def epoch_order(key: Array, count: int, batch: int) -> Array:
     return jax.random.permutation(key, count)[: steps * batch].reshape(steps, batch)
 
 
+def long_order(key: Array, count: int, batch: int, steps: int) -> Array:
+    """Return (steps, batch) indices of as many random orders, one after the other, as that takes.
+
+    Where one order ends and the next begins, a batch may hold an example twice.
+    """
+    passes = -(-steps * batch // count)
+    keys = jax.random.split(key, passes)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, count))(keys)
+    return orders.reshape(-1)[: steps * batch].reshape(steps, batch)
+
+
 @partial(jax.jit, static_argnames="step", donate_argnames="carry")
 def scan_steps(
     step: Step, carry: Carry, images: Array, labels: Array, order: Array, extras: Tree
