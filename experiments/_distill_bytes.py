@@ -46,8 +46,8 @@ class Settings:
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
     bits: tuple[int, ...] = (8, 4, 3, 2)
     together: tuple[tuple[float, int], ...] = ((0.5, 8), (0.5, 4), (0.8, 4), (0.9, 4))
-    prune_epochs: int = 4
-    quantize_epochs: int = 2
+    prune_epochs: int = 2
+    quantize_epochs: int = 1
     rate: float = 1e-3
 
 

@@ -45,9 +45,9 @@ class Settings:
 
     dataset: str = "fashion_mnist"
     seeds: tuple[int, ...] = (0, 1, 2)
-    batch: int = 128
-    epochs: int = 10
-    tuning_epochs: int = 2
+    batch: int = 64
+    epochs: int = 6
+    tuning_epochs: int = 1
     rate: float = 2e-3
     weight_decay: float = 1e-2
     max_shift: int = 1

@@ -55,11 +55,11 @@ class Settings:
     teacher: tuple[tuple[int, ...], tuple[int, ...]] = ((24, 64), (1, 2))  # widths, blocks
     assistant: tuple[tuple[int, ...], tuple[int, ...]] = ((16, 32), (0, 1))
     student: tuple[tuple[int, ...], tuple[int, ...]] = ((8, 16), (0, 1))
-    batch: int = 128
-    teacher_epochs: int = 24
-    epochs: int = 12
-    tuning_epochs: int = 3
-    rate: float = 4e-3
+    batch: int = 64
+    teacher_epochs: int = 12
+    epochs: int = 6
+    tuning_epochs: int = 2
+    rate: float = 3e-3
     weight_decay: float = 1e-2
     max_shift: int = 1
     copies: int = 4

@@ -53,9 +53,9 @@ class Settings:
 
     dataset: str = "fashion_mnist"
     seeds: tuple[int, ...] = (0, 1, 2)
-    batch: int = 128
+    batch: int = 64
     fewer: float = 4.3  # multiply-adds, times
-    epochs: int = 30
+    epochs: int = 12
     rate: float = 3e-3
     weight_decay: float = 1e-3
     temperature: float = 4.0

@@ -177,13 +177,15 @@ class Run:
             optax.warmup_cosine_decay_schedule(rate / 20, rate, warm, steps, rate / 100)
         )
 
-    def fit(self, name: Any, tx: Any, params: Tree, steps: int, seed: int, at: int) -> Tree:
-        """Train for some steps; a step of one name is compiled once."""
+    def fit(
+        self, name: str, tx: Any, params: Tree, steps: int, seed: int, at: int, level: Any = None
+    ) -> Tree:
+        """Train for some steps; a step of one name is compiled once, for all levels."""
         step = self.steps.setdefault(name, _train.make_step(self.loss, tx))
         key = jax.random.fold_in(jax.random.key(seed), at)
-        carry = _train.start(params, tx, key)
+        carry = _train.start(params, tx(level) if callable(tx) else tx, key)
         for some in self.batches(key, steps, CHUNK):
-            carry, _ = _train.run_epoch(step, carry, *self.train, some)
+            carry, _ = _train.run_epoch(step, carry, *self.train, some, level)
         return carry.params
 
     def batches(self, key: Array, steps: int, each: int) -> list[Array]:
@@ -212,10 +214,15 @@ class Run:
     def gradually(self, name: str, criterion: Any, level: float, params: Tree, seed: int) -> Tree:
         """Remove weights over half of the steps after the dense training."""
         steps = self.settings.after_steps
-        schedule = prune.cubic_schedule(level, 0, steps // 2)
-        rule = prune.gradual(schedule, self.settings.prune_every, criterion)
-        tx = prune.sparse_training(self.adam(self.settings.tuning_rate, steps), rule)
-        return self.fit((name, level), tx, params, steps, seed, 2)
+        rising = prune.cubic_schedule(1.0, 0, steps // 2)
+
+        def tx(level: Array) -> optax.GradientTransformation:
+            rule = prune.gradual(
+                lambda count: level * rising(count), self.settings.prune_every, criterion
+            )
+            return prune.sparse_training(self.adam(self.settings.tuning_rate, steps), rule)
+
+        return self.fit(name, tx, params, steps, seed, 2, jnp.float32(level))
 
     def moved(self, level: float, params: Tree, seed: int) -> Tree:
         """Remove as `gradually` does, by scores that are trained along: weights may come back."""

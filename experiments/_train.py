@@ -68,7 +68,7 @@ def unchanged(key: Array, images: Array) -> Array:
 
 def make_step(
     loss: Loss,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | Callable[[Tree], optax.GradientTransformation],
     *,
     augment: Callable[[Array, Array], Array] = unchanged,
     select: Callable[[Tree, Array], Tree] = whole,
@@ -79,7 +79,8 @@ def make_step(
 
     Args:
         loss: (params, images, labels, key, extras) -> scalar, with images already normalized.
-        tx: the optimizer, whose update gets the parameters too.
+        tx: the optimizer, whose update gets the parameters too; or a function of the extras to it,
+            so that one compiled step serves all values of a setting.
         augment: (key, uint8 images of a batch) -> images.
         select: (extras, index) -> what the loss gets of them: `whole` or `rows`.
     """
@@ -91,7 +92,8 @@ def make_step(
         value, gradients = jax.value_and_grad(loss)(
             carry.params, batch, labels[index], loss_key, select(extras, index)
         )
-        updates, opt_state = tx.update(gradients, carry.opt_state, carry.params)
+        own = tx(extras) if callable(tx) else tx
+        updates, opt_state = own.update(gradients, carry.opt_state, carry.params)
         return Carry(optax.apply_updates(carry.params, updates), opt_state, key), value
 
     return step
