@@ -350,8 +350,9 @@ def _rewired(name: str, rule: Callable[[Run, Tree, int, int], Any]) -> Make:
 
 
 def _set(run: Run, masks: Tree, end: int, seed: int) -> Any:
-    del end
-    return prune.set_rule(jax.random.key(seed), masks, run.settings.rewire_every)
+    start = jax.nn.initializers.he_normal()  # as the networks' own kernels
+    key, every = jax.random.key(seed), run.settings.rewire_every
+    return prune.set_rule(key, masks, every, initializer=start, end=end)
 
 
 def _rigl(run: Run, masks: Tree, end: int, seed: int) -> Any:

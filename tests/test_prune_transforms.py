@@ -504,6 +504,18 @@ def test_masks_are_arguments_of_the_compiled_step():
     assert len(text) < 150_000 and 'dense<"0x' not in text
 
 
+def test_set_leaves_the_masks_alone_after_its_end():
+    masks = {"w": jnp.arange(12) < 4}
+    tx = sparse(optax.sgd(0.0), prune.set_rule(jax.random.key(0), masks, 1, 0.5, end=3))
+    params = {"w": jnp.where(masks["w"], 1.0, 0.0)}
+    state, found = tx.init(params), []
+    for _ in range(6):
+        updates, state = tx.update({"w": jnp.zeros(12)}, state, params)
+        params = added(params, updates)
+        found.append(state.masks["w"].tolist())
+    assert found[0] != found[1] != found[2] == found[3] == found[5]
+
+
 def test_strict_dtypes_and_narrow_leaves():
     params = {"w": jax.random.normal(jax.random.key(0), (6, 4), jnp.bfloat16)}
     masks = prune.topk_masks(prune.magnitude_scores(params), 0.5)
@@ -537,6 +549,8 @@ def test_rules_say_what_they_need():
         prune.rigl(masks, 10, 1, -0.1)
     with pytest.raises(ValueError, match="end must be a number of updates"):
         prune.rigl(masks, 0)
+    with pytest.raises(ValueError, match="end must be None or a number of updates.* not 0"):
+        prune.set_rule(key, masks, 1, end=0)
     tx = sparse(optax.sgd(0.1), prune.rigl(masks, 10))
     with pytest.raises(ValueError, match="sparse_training needs the parameters"):
         tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2)}))

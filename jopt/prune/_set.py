@@ -36,6 +36,7 @@ def set_rule(
     every: int,
     fraction: float = 0.3,
     initializer: Callable[..., jax.Array] | None = None,
+    end: int | None = None,
 ) -> SparseRule:
     """Let the connections of every layer evolve: sparse evolutionary training (SET).
 
@@ -55,12 +56,15 @@ def set_rule(
       fraction: zeta, the part of the weights to replace, 0 to 1.
       initializer: `(key, shape, dtype)` to the values of grown weights; by default
         `jax.nn.initializers.normal(0.1)`. The paper says only that new weights are random.
+      end: updates after which the masks stay, at least 1; None: they never do, and a network whose
+        training ends soon after a change has new weights that have learned nothing yet. (The paper
+        grows none after the last epoch.)
 
     Returns:
       A rule for `sparse_training`.
 
     Raises:
-      ValueError: `every` is below 1, or `fraction` outside [0, 1].
+      ValueError: `every` or `end` is below 1, or `fraction` outside [0, 1].
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -83,6 +87,8 @@ def set_rule(
     check_every(every)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction must lie in [0, 1], not {fraction!r}.")
+    if end is not None and end < 1:
+        raise ValueError(f"end must be None or a number of updates, at least 1, not {end!r}.")
     draw = jax.nn.initializers.normal(0.1) if initializer is None else initializer
 
     def grow(key: jax.Array, weights: Any, mask: Any, param: Any, update: Any) -> Any:
@@ -109,6 +115,8 @@ def set_rule(
     return SparseRule(
         init=lambda params: (jax.tree.map(jnp.asarray, masks), ()),
         observe=lambda state, params, gradients: state,
-        due=lambda count: (count > 0) & (count % every == 0),
+        due=lambda count: (
+            (count > 0) & (count % every == 0) & (True if end is None else count < end)
+        ),
         change=change,
     )
