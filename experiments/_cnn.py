@@ -7,6 +7,7 @@ x becomes `offset + step * clip(round((x - offset) / step), 0, top)`.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -84,8 +85,9 @@ def traced_logits(params: Tree, images: Array) -> Array:
     return traced.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
 
 
-def estimate(params: Tree, change: _models.ChangeInputs, images: Array, batch: int = 512) -> Tree:
-    """Return the running averages that a network with these kernels and inputs has."""
+@lru_cache(8)
+def _moved(change: _models.ChangeInputs) -> Callable[[Tree, Tree, Array], Tree]:
+    """Return what moves the running averages; the same for the same hook, so it compiles once."""
 
     def update(params: Tree, averages: Tree, images: Array) -> Tree:
         variables = {"params": params, "batch_stats": averages}
@@ -93,9 +95,14 @@ def estimate(params: Tree, change: _models.ChangeInputs, images: Array, batch: i
             "batch_stats"
         ]
 
+    return update
+
+
+def estimate(params: Tree, change: _models.ChangeInputs, images: Array, batch: int = 512) -> Tree:
+    """Return the running averages that a network with these kernels and inputs has."""
     averages = fresh_averages(params)
     full = [images[at : at + batch] for at in range(0, len(images) - batch + 1, batch)]
-    return layers.reestimate_batch_norm(update, params, averages, full or [images])
+    return layers.reestimate_batch_norm(_moved(change), params, averages, full or [images])
 
 
 def _with_factor(leaf: Any, factor: Array) -> Any:

@@ -16,7 +16,7 @@ row, and nothing is chosen by them. Every finished row is kept, so that a killed
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Network:
       visible: the same function with XLA's convolutions, whose kernels `calibrate` sees.
       steady: `(params, images or None) -> apply` with each example for itself: batch norms use the
         averages of these images, or do nothing.
-      error: `(params, estimation images, (images, labels)) -> error rate`.
+      errors: `(params, estimation images, parts) -> error rates` of parts (images, labels).
     """
 
     name: str
@@ -83,7 +83,7 @@ class Network:
     logits: Callable[[Tree, Array], Array]
     visible: Callable[[Tree, Array], Array]
     steady: Callable[[Tree, Array | None], Callable[[Tree, Array], Array]]
-    error: Callable[[Tree, Array, Any], float]
+    errors: Callable[[Tree, Array, Sequence[Any]], list[float]]
 
 
 _lenet = _models.LeNet5()
@@ -114,9 +114,14 @@ def _cnn_steady(params: Tree, images: Array | None) -> Callable[[Tree, Array], A
     return apply
 
 
-def _cnn_error(params: Tree, images: Array, part: Any) -> float:
+def _lenet_errors(params: Tree, images: Array, parts: Sequence[Any]) -> list[float]:
+    return [_train.error_rate(_lenet_logits, params, *part) for part in parts]
+
+
+def _cnn_errors(params: Tree, images: Array, parts: Sequence[Any]) -> list[float]:
     averages = _cnn.estimate(params, _models.unchanged_inputs, _train.normalize(images))
-    return _cnn.error({"params": _cnn.fold(params, averages), "inputs": {}}, part)
+    folded = {"params": _cnn.fold(params, averages), "inputs": {}}
+    return [_cnn.error(folded, part) for part in parts]
 
 
 NETWORKS = {
@@ -127,7 +132,7 @@ NETWORKS = {
         _lenet_logits,
         _lenet_visible,
         lambda params, images: _lenet_visible,
-        lambda params, images, part: _train.error_rate(_lenet_logits, params, *part),
+        _lenet_errors,
     ),
     "cnn": Network(
         "cnn",
@@ -136,7 +141,7 @@ NETWORKS = {
         _cnn.training_logits,
         _cnn_visible,
         _cnn_steady,
-        _cnn_error,
+        _cnn_errors,
     ),
 }
 
@@ -427,10 +432,6 @@ def start_scales(run: Run, seed: int, level: float = 0.9) -> dict[str, float]:
 TRIED = (("once", "SparseGPT"), ("gradual", "movement"), ("scratch", "RigL"))  # in a trial
 
 
-def _accuracy(run: Run, params: Tree, part: Any) -> float:
-    return round(1 - run.network.error(params, run.train[0][:4096], part), 6)
-
-
 def measure(run: Run, seed: int) -> list[dict[str, Any]]:
     """Make and score every row of one seed that is not among the finished ones."""
     file = run.work / f"rows-{seed}.json"
@@ -444,13 +445,15 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
         if name in done:
             continue
         params = dense if how == "dense" else ROWS[how, criterion](run, dense, level, seed)
+        errors = run.network.errors(params, run.train[0][:4096], (run.validation, run.test))
+        validation, test = (round(1 - error, 6) for error in errors)
         done[name] = {
             "how": how,
             "criterion": criterion,
             "level": level,
             "sparsity": round(float(prune.sparsity(params)), 6),
-            "validation": _accuracy(run, params, run.validation),
-            "test": _accuracy(run, params, run.test),
+            "validation": validation,
+            "test": test,
         }
         run.work.mkdir(parents=True, exist_ok=True)
         _results.write_atomically(file, json.dumps(done).encode())
