@@ -19,8 +19,16 @@ from experiments import _data, _results, _train
 Part = Callable[..., dict[str, Any]]
 # A part is called with `dataset` (or None for its own), `head` (its data sets' length in a trial,
 # else None), `seeds`, `work` (folder of checkpoints), `plot` (tag to file stem) and `console`; it
-# returns tag, data, settings, figures and targets.
+# returns tag, data, settings, figures and targets. One that `goes_on` is also called with `found`:
+# from a tag to the part's settings and figures in the results that there are, for the seeds that
+# need not be measured again.
 TRIAL = 512  # examples of each part of a data set, in a trial
+
+
+def goes_on(part: Part) -> Part:
+    """Mark a part that takes the seeds over which its results hold already."""
+    part.goes_on = True  # pyright: ignore[reportFunctionMemberAccess]
+    return part
 
 
 def joined(old: dict[str, Any], experiment: str, name: str, made: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +72,14 @@ def main(
         work = _data.CACHE / experiment / f"{name}{'-smoke' if options.smoke else ''}"
         if options.restart:
             shutil.rmtree(work, ignore_errors=True)
+
+        def found(tag: str, name: str = name) -> dict[str, Any]:
+            if options.restart or options.smoke:
+                return {}
+            old = read(out, title(experiment, tag))
+            return {entry: old.get(entry, {}).get(name) for entry in ("settings", "figures")}
+
+        more = {"found": found} if hasattr(parts[name], "goes_on") else {}
         with _train.quick_compilation() if options.smoke else nullcontext():
             made = parts[name](
                 dataset=options.dataset,
@@ -72,13 +88,19 @@ def main(
                 work=work,
                 plot=lambda tag, name=name: out / f"{title(experiment, tag)}-{name}",
                 console=console,
+                **more,
             )
-        file = out / f"{title(experiment, made['tag'])}.json"
-        old = json.loads(file.read_text()) if file.exists() else {}
-        _results.write_results(file.stem, joined(old, experiment, name, made), out)
+        stem = title(experiment, made["tag"])
+        file = _results.write_results(stem, joined(read(out, stem), experiment, name, made), out)
         console.print(f"Results: {file}")
         if options.smoke:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def read(out: Path, stem: str) -> dict[str, Any]:
+    """Return the results that there are, or nothing."""
+    file = out / f"{stem}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def title(experiment: str, tag: str) -> str:

@@ -14,10 +14,13 @@ Row = dict[str, Any]
 TITLES = {"lenet5": "LeNet-5, MNIST", "cnn": "batch-norm CNN, Fashion-MNIST"}
 
 
+SAME = ("how", "criterion", "level")
+LISTED = ("sparsity", "validation", "test")
+
+
 def joined(by_seed: list[list[Row]]) -> list[Row]:
     """Join the rows of all seeds."""
-    same, listed = ("how", "criterion", "level"), ("sparsity", "validation", "test")
-    return _results.join_seeds(by_seed, same, listed)
+    return _results.join_seeds(by_seed, SAME, LISTED)
 
 
 def _by_level(rows: list[Row], how: str, criterion: str) -> dict[float, float]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -120,6 +121,39 @@ def test_every_way_of_pruning_and_channels_run_on_little_data(tmp_path, monkeypa
     assert row["parameters"][1] < row["parameters"][0] / 2
     assert set(figures["channels"]["latency"]) == {"1", "64"}
     assert len(list(out.glob("*-criteria.png"))) == 1
+
+
+def test_seeds_that_results_hold_are_not_measured_again(tmp_path, monkeypatch):
+    settings = {"seeds": [4, 2], "batch": 8}
+    row = {"how": "once", "criterion": "random", "level": 0.9, "mean_test": 0.5}
+    row |= {"sparsity": [0.9, 0.91], "validation": [0.5, 0.6], "test": [0.4, 0.6]}
+    old = {"settings": settings, "figures": {"networks": {"cnn": [row]}}}
+    run: Any = SimpleNamespace(network=SimpleNamespace(name="cnn"), work=tmp_path)
+    _prune_criteria.take_over(run, old, settings | {"batch": 9})
+    _prune_criteria.take_over(run, {}, settings)
+    assert not list(tmp_path.iterdir())  # other settings, and no results
+    _prune_criteria.take_over(run, old, settings | {"seeds": [2, 3]})
+    found = json.loads((tmp_path / "rows-2.json").read_text())
+    assert found == {"once random 0.9": {
+        "how": "once", "criterion": "random", "level": 0.9,
+        "sparsity": 0.91, "validation": 0.6, "test": 0.6,
+    }}  # fmt: skip
+    (tmp_path / "rows-4.json").write_text("{}")
+    _prune_criteria.take_over(run, old, settings)
+    assert (tmp_path / "rows-4.json").read_text() == "{}"  # what was measured here goes first
+
+    def part(found, **unused):
+        seen.append(found(""))
+        return {"tag": "", "data": {}, "settings": settings, "figures": {"n": 1}, "targets": []}
+
+    seen: list[Any] = []
+    monkeypatch.setattr(_data, "CACHE", tmp_path / "cache")
+    parts: Any = {"one": _parts.goes_on(part)}
+    for more in ([], [], ["--restart"]):
+        _parts.main("trial", parts, "", ["--out", str(tmp_path), *more])
+    assert seen == [
+        {"settings": None, "figures": None}, {"settings": settings, "figures": {"n": 1}}, {}
+    ]  # fmt: skip
 
 
 def test_networks_are_shrunk_and_timed(tmp_path):
