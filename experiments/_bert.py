@@ -59,6 +59,7 @@ _MODULES = {
     "down": "output.dense",
     "output_norm": "output.LayerNorm",
 }
+_INITIAL = nn.initializers.normal(0.02)  # of a new last layer, as in the paper's code
 POOLER = r"pooler\.dense\.(weight|bias)"  # sees the first token only; no mean over tokens needs it
 
 
@@ -186,15 +187,15 @@ class BertClassifier(nn.Module):
         real = jnp.ones(ids.shape, bool) if real is None else real
         mean = mean_of_tokens(self.encoder(ids, real, kinds, train), real)
         dropped = nn.Dropout(self.encoder.dropout, deterministic=not train)(mean)
-        initial = nn.initializers.normal(0.02)
-        logits = nn.Dense(self.num_classes, kernel_init=initial, name="classifier")(dropped)
+        logits = nn.Dense(self.num_classes, kernel_init=_INITIAL, name="classifier")(dropped)
         return SentenceFeatures(logits, mean)
 
 
 def classifier_params(key: Array, model: BertClassifier, encoder_params: Tree) -> Tree:
     """Return the parameters of a classifier: a loaded encoder under a freshly drawn last layer."""
-    drawn = jax.jit(model.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    return {**drawn, "encoder": encoder_params}
+    shape = (model.encoder.width, model.num_classes)
+    last = {"kernel": _INITIAL(key, shape), "bias": jnp.zeros(shape[1:])}
+    return {"encoder": encoder_params, "classifier": last}
 
 
 class Pretrained(NamedTuple):
