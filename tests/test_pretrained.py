@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def _shapes():
     return shapes | {f"{name}.{leaf}": (width,) for name in norms for leaf in ("weight", "bias")}
 
 
-def _tensors():
+def _tensors() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in _shapes().items()}
 
@@ -142,7 +143,7 @@ def test_a_row_without_tokens_gives_zeros_and_finite_gradients():
 
 def test_names_and_dtypes_of_other_checkpoints_are_known(tmp_path, folder):
     expected = _bert.load(folder).params
-    old = {
+    old: dict[str, Any] = {
         f"bert.{name}".replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): each
         for name, each in _tensors().items()
     }
@@ -255,7 +256,7 @@ def test_a_classifier_keeps_the_encoder_and_drops_out_in_training_only(folder):
     tokens = found.tokenize(SENTENCES)
     fresh = jax.eval_shape(model.init, jax.random.key(0), *tokens)["params"]
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
-    calm = jax.jit(model.apply)({"params": params}, *tokens)
+    calm: Any = jax.jit(model.apply)({"params": params}, *tokens)
     expected = _bert.mean_of_tokens(_hidden(found, tokens), jnp.asarray(tokens.real))
     np.testing.assert_allclose(calm.embedding, expected, atol=1e-6)
     np.testing.assert_allclose(
@@ -265,7 +266,8 @@ def test_a_classifier_keeps_the_encoder_and_drops_out_in_training_only(folder):
     @jax.jit
     def loss(params, key):
         rngs = {"dropout": key}
-        return model.apply({"params": params}, *tokens, train=True, rngs=rngs).logits.std()
+        features: Any = model.apply({"params": params}, *tokens, train=True, rngs=rngs)
+        return features.logits.std()
 
     first, second = (jax.value_and_grad(loss)(params, jax.random.key(key)) for key in (1, 2))
     assert first[0] != second[0]

@@ -237,7 +237,7 @@ def test_archives_and_rows_that_torch_does_not_write_are_refused(tmp_path):
 
 def _state(classes):
     """Draw the tensors of EfficientNet-Lite0, under the names and shapes of the PyTorch port."""
-    shapes, rng = {"_conv_stem": (32, 3, 3, 3), "_conv_head": (1280, 320, 1, 1)}, {}
+    shapes = {"_conv_stem": (32, 3, 3, 3), "_conv_head": (1280, 320, 1, 1)}
     norms = {"_bn0": 32, "_bn1": 1280}
     stages = ((1, 32, 16, 3), (6, 16, 24, 3), (6, 24, 24, 3), (6, 24, 40, 5), (6, 40, 40, 5))
     stages += ((6, 40, 80, 3), *[(6, 80, 80, 3)] * 2, (6, 80, 112, 5), *[(6, 112, 112, 5)] * 2)
