@@ -232,9 +232,10 @@ def load(path: Path, length: int = 128, unused: str = POOLER, dropout: float = 0
         BERT of its sizes.
     """
     folder, file = (path, path / "model.safetensors") if path.is_dir() else (path.parent, path)
+    _existing(file)
     config = json.loads(_existing(folder / "config.json").read_text())
     model = BertEncoder(**_sizes(config, folder / "config.json"), dropout=dropout)
-    tensors = _read(_existing(file))
+    tensors = _read(file)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     params, left_out = _pretrained.fill(shapes, tensors, _name_of, str(file), unused)
     return Pretrained(model, params, tokenizer(folder / "tokenizer.json", length), left_out)
@@ -255,7 +256,8 @@ def tokenizer(file: Path, length: int) -> Callable[[Sequence[Any]], Tokens]:
 
     Raises:
       DataUnavailable: the file or the package tokenizers is not there.
-      ValueError: the tokenizer has no token to fill up with, which BERT calls [PAD].
+      ValueError: the tokenizer has no token to fill up with, which BERT calls [PAD], or `length`
+        leaves no room for words.
     """
     try:
         from tokenizers import Tokenizer
@@ -265,6 +267,9 @@ def tokenizer(file: Path, length: int) -> Callable[[Sequence[Any]], Tokens]:
     padding = split.token_to_id("[PAD]")
     if padding is None:
         raise ValueError(f"{file}: the vocabulary has no token [PAD] to fill sentences up with.")
+    marks = split.num_special_tokens_to_add(is_pair=True)
+    if length <= marks:
+        raise ValueError(f"length must be more than the {marks} marks of a pair, not {length}.")
     split.enable_truncation(length)
     split.enable_padding(length=length, pad_id=padding, pad_token="[PAD]")
 
@@ -332,7 +337,10 @@ def _read(file: Path) -> dict[str, np.ndarray]:
             continue
         # As checkpoints of before 2019 call them.
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        tensors[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in tensors:
+            raise ValueError(f"{file}: it holds {name} twice, under an old and a new name.")
+        tensors[name] = tensor
     return tensors
 
 

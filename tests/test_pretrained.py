@@ -231,6 +231,18 @@ def test_a_tokenizer_without_padding_is_refused(folder):
         _bert.load(folder)
 
 
+def test_lengths_without_room_for_words_are_refused(folder):
+    with pytest.raises(ValueError, match="length must be more than the 3 marks of a pair, not 3"):
+        _bert.load(folder, length=3)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    tensors = _tensors()
+    tensors["embeddings.LayerNorm.gamma"] = tensors["embeddings.LayerNorm.weight"] + 1
+    with pytest.raises(ValueError, match="it holds embeddings.LayerNorm.weight twice"):
+        _bert.load(_write(tmp_path / "bert", tensors))
+
+
 def test_more_tokens_than_positions_are_refused(folder):
     found = _bert.load(folder, length=13)
     with pytest.raises(ValueError, match="ids has 13 tokens a row, more than the 12 positions"):
