@@ -94,8 +94,8 @@ def _agrees(found, tensors, sentences, heads, epsilon, tolerance):
         np.testing.assert_allclose(embedding, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("epsilon", [1e-12, 0.1])
-def test_a_checkpoint_computes_what_float64_does(tmp_path, epsilon):
+def test_a_checkpoint_computes_what_float64_does(tmp_path):
+    epsilon = 0.1  # so large that it matters; all-MiniLM has the usual one
     folder = _write(tmp_path / "bert", _tensors(), layer_norm_eps=epsilon)
     found = _bert.load(folder, length=12)
     assert found.unused == ("pooler.dense.bias", "pooler.dense.weight")
@@ -269,21 +269,23 @@ def test_a_classifier_keeps_the_encoder_and_drops_out_in_training_only(folder):
     fresh = jax.eval_shape(model.init, jax.random.key(0), *tokens)["params"]
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
     calm: Any = jax.jit(model.apply)({"params": params}, *tokens)
-    expected = _bert.mean_of_tokens(_hidden(found, tokens), jnp.asarray(tokens.real))
-    np.testing.assert_allclose(calm.embedding, expected, atol=1e-6)
+    first = {name: each for name, each in _tensors().items() if "layer.1" not in name}
+    for mean, ids, real, kinds in zip(calm.embedding, *tokens, strict=True):
+        exact = oracles_bert.hidden_states(first, ids[real], kinds[real], 2, 1e-12)
+        np.testing.assert_allclose(mean, exact.mean(0), atol=1e-5)
     np.testing.assert_allclose(
         calm.logits, calm.embedding @ params["classifier"]["kernel"], atol=1e-6
     )
 
-    @jax.jit
     def loss(params, key):
         rngs = {"dropout": key}
         features: Any = model.apply({"params": params}, *tokens, train=True, rngs=rngs)
         return features.logits.std()
 
-    first, second = (jax.value_and_grad(loss)(params, jax.random.key(key)) for key in (1, 2))
-    assert first[0] != second[0]
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(first[1]["encoder"]["layer0"]["query"]))
+    gradient = jax.jit(jax.grad(loss))
+    one, other = (gradient(params, jax.random.key(key))["encoder"] for key in (1, 2))
+    assert np.any(one["layer0"]["query"]["kernel"] != other["layer0"]["query"]["kernel"])
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(one["layer0"]["query"]))
 
 
 def test_the_library_sees_every_kernel(folder):
