@@ -61,39 +61,6 @@ class EfficientNetLite0(nn.Module):
         return nn.Dense(self.num_classes, name="classifier")(x.mean((1, 2)))
 
 
-class BertEncoder(nn.Module):
-    """BERT's encoder with the widths of MiniLM-L6: 22.6 million parameters.
-
-    Token ids are (batch, length); returns (batch, length, width).
-    """
-
-    vocabulary: int = 30522
-    positions: int = 512
-    layers: int = 6
-    width: int = 384
-    heads: int = 12
-    hidden: int = 1536
-
-    @nn.compact
-    def __call__(self, ids: Array) -> Array:
-        """Encode tokens."""
-
-        def norm(x: Array, name: str) -> Array:
-            return nn.LayerNorm(epsilon=1e-12, name=name)(x)
-
-        x = nn.Embed(self.vocabulary, self.width, name="words")(ids)
-        x = x + nn.Embed(self.positions, self.width, name="places")(jnp.arange(ids.shape[1]))[None]
-        x = x + nn.Embed(2, self.width, name="segments")(jnp.zeros_like(ids))
-        x = norm(x, "norm")
-        for number in range(self.layers):
-            name = f"layer{number}"
-            attention = nn.MultiHeadDotProductAttention(self.heads, name=f"{name}_attention")
-            x = norm(x + attention(x), f"{name}_attention_norm")
-            y = nn.gelu(nn.Dense(self.hidden, name=f"{name}_up")(x), approximate=False)
-            x = norm(x + nn.Dense(self.width, name=f"{name}_down")(y), f"{name}_norm")
-        return x
-
-
 class ResNet(nn.Module):
     """The residual network of He et al. for small images, by default of 20 layers.
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _convolution, _models, _networks, _results, _timing
+from experiments import _bert, _convolution, _models, _networks, _results, _timing
 from jopt import prune
 
 Tree = Any
@@ -59,7 +59,7 @@ def networks(smoke: bool) -> dict[str, Callable[[], Any]]:
         "EfficientNet-Lite0, one image": lambda: _linen(
             _networks.EfficientNetLite0(), _images(1, 224, 3)
         ),
-        "BERT encoder, 4 x 64 tokens": lambda: _linen(_networks.BertEncoder(), bert),
+        "BERT encoder, 4 x 64 tokens": lambda: _linen(_bert.BertEncoder(), bert),
     }
 
 
