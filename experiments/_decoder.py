@@ -5,6 +5,7 @@ table of tokens serves both ends. Generation keeps the keys and values of what w
 `Cache`, a tree like any other, so that each further token costs one pass over one token.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -117,15 +118,40 @@ def attend(query: Array, key: Array, value: Array, start: Array) -> Array:
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), value)
 
 
-@partial(jax.jit, static_argnames=("module", "count"))
-def greedy(module: Decoder, params: Tree, prompt: Array, count: int) -> Array:
-    """Continue prompts with the likeliest token, one after the other, (batch, count).
+Choose = Callable[[Array, Array], Array]
+
+
+def likeliest(key: Array, logits: Array) -> Array:
+    """Choose the likeliest token, (batch,)."""
+    return jnp.argmax(logits, -1)
+
+
+def drawn(key: Array, logits: Array) -> Array:
+    """Draw a token as likely as the network says, (batch,)."""
+    return jax.random.categorical(key, logits)
+
+
+@partial(jax.jit, static_argnames=("module", "count", "choose"))
+def generate(
+    module: Decoder,
+    params: Tree,
+    prompt: Array,
+    count: int,
+    key: Array | None = None,
+    choose: Choose = likeliest,
+) -> Array:
+    """Continue prompts, one token after the other, each at the cost of one pass over one token.
 
     Args:
       module: the network.
       params: its parameters, materialized.
       prompt: (batch, tokens), at least one.
       count: tokens to add; with the prompt no more than there are places.
+      key: of the draws, if there are any.
+      choose: from a key and logits (batch, vocabulary) to tokens: `likeliest` or `drawn`.
+
+    Returns:
+      The continuations, (batch, count).
 
     Raises:
       ValueError: prompt and continuation together are longer than there are places.
@@ -135,15 +161,18 @@ def greedy(module: Decoder, params: Tree, prompt: Array, count: int) -> Array:
         raise ValueError(
             f"prompt and count must fit {module.positions} places together, not {total}."
         )
+    keys = jax.random.split(jax.random.key(0) if key is None else key, count)
 
-    def next_token(logits: Array) -> Array:
-        return jnp.argmax(logits[:, -1:], -1).astype(prompt.dtype)
+    def read(ids: Array, cache: Cache | None) -> tuple[Array, Cache | None]:
+        logits, cache = module.apply({"params": params}, ids, cache)  # pyright: ignore
+        return logits[:, -1], cache
 
-    def step(carry: tuple[Cache, Array], _: None) -> tuple[tuple[Cache, Array], Array]:
-        cache, token = carry
-        logits, cache = module.apply({"params": params}, token, cache)  # pyright: ignore
-        return (cache, next_token(logits)), token[:, 0]
+    def step(carry: Any, key: Array) -> tuple[Any, Array]:
+        logits, cache = carry
+        token = choose(key, logits).astype(prompt.dtype)
+        return read(token[:, None], cache), token
 
-    logits, cache = module.apply({"params": params}, prompt, module.empty(len(prompt), total))  # pyright: ignore
-    _, tokens = lax.scan(step, (cache, next_token(logits)), length=count)
-    return tokens.T
+    first = read(prompt, module.empty(len(prompt), total))
+    carry, tokens = lax.scan(step, first, keys[:-1])
+    last = choose(keys[-1], carry[0]).astype(prompt.dtype)
+    return jnp.concatenate([tokens, last[None]]).T

@@ -138,9 +138,10 @@ def encode(tokenizer: Any, documents: Sequence[str]) -> np.ndarray:
 
 
 def windows(tokens: np.ndarray, length: int, start: int = 0) -> np.ndarray:
-    """Cut a row into windows, (windows, length + 1): each begins with the last token of the one before.
+    """Cut a row into windows, (windows, length + 1).
 
-    So every token after the first is predicted once. An incomplete last window is left out.
+    Each begins with the last token of the one before, so that every token after the first is
+    predicted once. An incomplete last window is left out.
 
     Args:
       tokens: (tokens,).
@@ -152,8 +153,9 @@ def windows(tokens: np.ndarray, length: int, start: int = 0) -> np.ndarray:
     """
     count = (len(tokens) - start - 1) // length
     if count < 1:
+        least = length + start + 1
         raise ValueError(
-            f"tokens must hold at least length + start + 1 = {length + start + 1}, not {len(tokens)}."
+            f"tokens must be at least length + start + 1 = {least}, not {len(tokens)}."
         )
     places = start + length * np.arange(count)[:, None] + np.arange(length + 1)[None]
     return tokens[places]
@@ -174,7 +176,7 @@ def _from_tfds(name: str) -> tuple[Documents, str]:
 
 
 def _from_pydoc() -> tuple[Documents, str]:
-    """Split the help topics of this Python by their order: every tenth to validation, and to test."""
+    """Split the help topics of this Python by their order, a tenth to validation and to test."""
     from pydoc_data.topics import topics
 
     documents: Documents = {"train": [], "validation": [], "test": []}
