@@ -1,7 +1,7 @@
 """A language model after training: every method of quantization and pruning, by perplexity.
 
 Kernels of all layers are quantized in groups of 64 inputs, with a zero point for each group; the
-table of tokens has 8 bits in every row, and all else stays in floats. Pruned kernels stay in floats:
+table of tokens has 8 bits in every row, and all else stays in floats. Pruned kernels stay floats:
 what is compared is which weights go and what the others become. Inputs of layers are taken from
 windows of the training text.
 """
@@ -20,7 +20,6 @@ from rich.console import Console
 import jopt
 from experiments import (
     _compress,
-    _data,
     _decoder,
     _language,
     _language_network,
