@@ -63,7 +63,7 @@ def quantized(
     params: Tree, statistics: Statistics, how: quant.QuantSpec, method: Any
 ) -> tuple[Tree, list[str]]:
     """Quantize kernels by a method and the table to 8 bits; also says where the method lost."""
-    params = quant.quantize_params(params, quant.QuantSpec(8, (1, 0)), TABLE)
+    params = quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), TABLE)
     if method is None:
         return quant.quantize_params(params, how, KERNELS), []
     params, report = quant.quantize_calibrated_params(params, statistics, how, method, KERNELS)
