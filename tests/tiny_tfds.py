@@ -50,7 +50,7 @@ def write(folder: Path, name: str, shape=(28, 28, 1), classes=10, train=80, test
         pairs = zip(images, labels, strict=True)
         return [_record(image=_png(image), label=label) for image, label in pairs]
 
-    return _write(folder, name, records, _features(shape, classes), train, test)
+    return _write(folder, name, records, _features(shape, classes), train=train, test=test)
 
 
 def write_text(folder: Path, name: str, train=80, test=40) -> Path:
@@ -66,9 +66,24 @@ def write_text(folder: Path, name: str, train=80, test=40) -> Path:
             found.append(_record(text=" ".join(words).encode(), label=label))
         return found
 
-    package = "tensorflow_datasets.core.features"
-    text = {"pythonClassName": f"{package}.text_feature.Text", "text": {}}
-    return _write(folder, name, records, _dictionary(text=text, label=_label(2)), train, test)
+    features = _dictionary(text=_TEXT, label=_label(2))
+    return _write(folder, name, records, features, train=train, test=test)
+
+
+def write_documents(folder: Path, name: str, train=40, validation=6, test=6) -> Path:
+    """Prepare documents, each of which counts on; returns `folder`."""
+
+    def records(count: int, seed: int) -> list[bytes]:
+        rng = np.random.default_rng(seed)
+        starts = rng.integers(0, 900, count)
+        texts = [" ".join(map(str, range(start, start + 60))) for start in starts]
+        return [_record(text=text.encode()) for text in texts]
+
+    parts = {"train": train, "validation": validation, "test": test}
+    return _write(folder, name, records, _dictionary(text=_TEXT), **parts)
+
+
+_TEXT = {"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text", "text": {}}
 
 
 def _write(
@@ -76,15 +91,14 @@ def _write(
     name: str,
     records: Callable[[int, int], list[bytes]],
     features: dict[str, Any],
-    train: int,
-    test: int,
+    **counts: int,
 ) -> Path:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     place = folder / name / "1.0.0"
     place.mkdir(parents=True)
     splits = []
-    for seed, (split, count) in enumerate({"train": train, "test": test}.items()):
+    for seed, (split, count) in enumerate(counts.items()):
         writer = ArrayRecordWriter(
             str(place / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1"
         )

@@ -1,0 +1,264 @@
+"""A language model after training: every method of quantization and pruning, by perplexity.
+
+Kernels of all layers are quantized in groups of 64 inputs, with a zero point for each group; the
+table of tokens has 8 bits in every row, and all else stays in floats. Pruned kernels stay floats:
+what is compared is which weights go and what the others become. Inputs of layers are taken from
+windows of the training text.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import jopt
+from experiments import (
+    _compress,
+    _decoder,
+    _language,
+    _language_network,
+    _language_report,
+    _results,
+)
+from jopt import layers, prune, quant
+
+Tree = Any
+Statistics = dict[str, layers.InputStatistics]
+KERNELS = "layer.*/kernel"
+TABLE = "tokens/embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the outcome beside the settings of the networks."""
+
+    bits: tuple[int, ...] = (8, 4, 3, 2)
+    group: int = 64
+    windows: int = 128  # of the training text, for calibration
+    prompt: int = 32
+    continuation: int = 48
+
+
+def spec(bits: int, group: int) -> quant.QuantSpec:
+    """Return the format of kernels."""
+    return quant.QuantSpec(bits, (group, 1), range=quant.minmax, grid=quant.affine)
+
+
+METHODS: dict[str, Any] = {
+    "RTN": None,
+    "HQQ": quant.hqq,
+    "AWQ": quant.awq,
+    "GPTQ": quant.gptq,
+    "rotation + RTN": quant.hadamard_rotation,
+}
+
+
+def quantized(
+    params: Tree, statistics: Statistics, how: quant.QuantSpec, method: Any
+) -> tuple[Tree, list[str]]:
+    """Quantize kernels by a method and the table to 8 bits; also says where the method lost."""
+    params = quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), TABLE)
+    if method is None:
+        return quant.quantize_params(params, how, KERNELS), []
+    params, report = quant.quantize_calibrated_params(params, statistics, how, method, KERNELS)
+    lost = [
+        path
+        for path, entry in report.items()
+        if isinstance(entry, str) or not bool(entry.improved.all())
+    ]
+    return params, lost
+
+
+Pattern = float | tuple[int, int]
+PATTERNS: dict[str, Pattern] = {"50 %": 0.5, "2:4": (2, 4)}
+
+
+def by_scores(params: Tree, scores: Tree, pattern: Pattern, each_output: bool) -> Tree:
+    """Prune kernels by scores: within each kernel, or within each output of it, or n of m."""
+    if isinstance(pattern, tuple):
+        masks, _ = prune.n_m_masks(scores, *pattern, where=KERNELS)
+    elif each_output:
+        masks = prune.output_topk_masks(scores, pattern, KERNELS)
+    else:
+        masks = prune.topk_masks(scores, pattern, KERNELS)
+    return prune.apply_masks(params, masks)
+
+
+def pruned(params: Tree, statistics: Statistics, pattern: Pattern, criterion: str) -> Tree:
+    """Prune kernels by a criterion, without training."""
+    if criterion == "magnitude":
+        return by_scores(params, prune.magnitude_scores(params), pattern, False)
+    if criterion == "Wanda":
+        scores, _ = prune.wanda_scores(params, statistics, KERNELS)
+        return by_scores(params, scores, pattern, True)
+    return prune.prune_calibrated_params(params, statistics, pattern, where=KERNELS)[0]
+
+
+CRITERIA = ("magnitude", "Wanda", "SparseGPT")
+
+
+def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[dict[str, Any]]:
+    """Make and score every network of one seed that is not among the finished ones."""
+    file = run.work / f"compressed-{seed}.json"
+    done = json.loads(file.read_text()) if file.exists() else {}
+    shape = run.settings.teacher
+    params = run.teacher(seed)
+    module = run.module(shape)
+    statistics: Statistics = {}
+
+    def known() -> Statistics:
+        if not statistics:
+            rows = run.pool.images[: settings.windows, :-1]
+            batches = [rows[at : at + 16] for at in range(0, len(rows), 16)]
+            statistics.update(
+                layers.calibrate(_language_network.logits_of(module), params, batches)
+            )
+        return statistics
+
+    wanted = []
+
+    def row(kind: str, form: str, method: str, make: Callable[[], tuple[Tree, Any]]) -> None:
+        key = f"{kind} {form} {method}"
+        wanted.append(key)
+        if key in done:
+            return
+        tree, more = make()
+        written, back = _compress.written(tree, run.work / f"packed-{seed}.jopt")
+        about = {"kind": kind, "form": form, "method": method, "bytes": written}
+        done[key] = about | more | run.perplexities(shape, back)
+        _results.write_atomically(file, json.dumps(done).encode())
+        found = done[key]
+        run.say(f"seed {seed}: {key}: {written:,} bytes, validation {found['validation']:.3f}")
+
+    def by_method(bits: int, method: Any) -> tuple[Tree, Any]:
+        tree, lost = quantized(params, known(), spec(bits, settings.group), method)
+        return tree, {"not_improved": len(lost)}
+
+    row("float", "32 bits", "", lambda: (params, {"not_improved": 0}))
+    for bits in settings.bits:
+        for name, method in METHODS.items():
+            row("quantized", f"{bits} bits", name, partial(by_method, bits, method))
+    for form, pattern in PATTERNS.items():
+        for criterion in CRITERIA:
+            row(
+                "pruned",
+                form,
+                criterion,
+                lambda pattern=pattern, criterion=criterion: (
+                    pruned(params, known(), pattern, criterion),
+                    {"not_improved": 0},
+                ),
+            )
+    return [done[key] for key in wanted]
+
+
+def sample(run: _language_network.Run, settings: Settings, seed: int) -> dict[str, Any]:
+    """Continue a prompt of the test text by a network that a file of 4 bits gives back."""
+    params = run.teacher(seed)
+    module = run.module(run.settings.teacher)
+    tree, _ = quantized(params, {}, spec(4, settings.group), None)
+    size, back = _compress.written(tree, run.work / f"packed-{seed}.jopt")
+    prompt = run.test[:1, : settings.prompt]
+    say = partial(_decoder.generate, module, prompt=prompt, count=settings.continuation)
+    decode = run.data.tokenizer.decode
+    packed, here = say(back), say(jopt.materialize(tree))
+    return {
+        "prompt": decode(np.asarray(prompt[0]).tolist()),
+        "float": decode(np.asarray(say(params)[0]).tolist()),
+        "4 bits, from the file": decode(np.asarray(packed[0]).tolist()),
+        "bytes": size,
+        "same_as_before_packing": bool(jnp.array_equal(packed, here)),
+    }
+
+
+# The first is at least as good as the second, say the papers.
+ORDERS = {
+    "quantized": (("GPTQ", "RTN"), ("AWQ", "RTN")),
+    "pruned": (("Wanda", "magnitude"), ("SparseGPT", "magnitude")),
+}
+
+
+def targets_of(rows: list[dict[str, Any]], generated: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hold the order of the methods against the papers': ratios of mean test perplexities."""
+    means = {(row["kind"], row["form"], row["method"]): row["mean_test"] for row in rows}
+    found = []
+    for kind, form in dict.fromkeys((row["kind"], row["form"]) for row in rows):
+        for better, worse in ORDERS.get(kind, ()):
+            ratio = means[kind, form, worse] / means[kind, form, better]
+            words = f"{form}: perplexity of {worse} / {better}"
+            found.append(_results.target(words, round(ratio, 5), 1.0, "higher"))
+    same = float(generated["same_as_before_packing"])
+    return [
+        *found,
+        _results.target("generation from the packed file as before", same, 1.0, "higher"),
+    ]
+
+
+def smoke(settings: Settings) -> Settings:
+    """Leave one width, few windows."""
+    return dataclasses.replace(settings, bits=(4,), group=8, windows=16, prompt=4, continuation=4)
+
+
+def run(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    plot: Callable[[str], Path],
+    console: Console,
+) -> dict[str, Any]:
+    """Run or resume the part; returns its tag, data, settings, figures and targets."""
+    each, tag = start(dataset, head, seeds, work, console)
+    settings = Settings() if head is None else smoke(Settings())
+    by_seed = [measure(each, settings, seed) for seed in seeds]
+    same, listed = ("kind", "form", "method"), ("bytes", "not_improved", "validation", "test")
+    rows = _results.join_seeds(by_seed, same, listed)
+    generated = sample(each, settings, seeds[0])
+    targets = [] if head else targets_of(rows, generated)
+    _language_report.compressed_table(rows, targets, console)
+    _language_report.compressed_plot(rows, plot(tag))
+    console.print(f"[dim]{generated['prompt']}[/]{generated['4 bits, from the file']}")
+    size = _compress.size(each.teacher(seeds[0]))
+    bits = each.bits_per_byte(rows[0]["mean_test"])
+    return {
+        "tag": tag,
+        "data": about(each.data),
+        "settings": dataclasses.asdict(settings) | {"network": dataclasses.asdict(each.settings)},
+        "figures": {
+            "rows": rows,
+            "parameters": size,
+            "float_bits_per_byte": bits,
+            "generated": generated,
+        },
+        "targets": targets if tag == "" else [],
+    }
+
+
+def start(
+    dataset: str | None, head: int | None, seeds: tuple[int, ...], work: Path, console: Console
+) -> tuple[_language_network.Run, str]:
+    """Load the text and make what both parts share: their networks lie in one folder."""
+    settings = _language_network.Settings(dataset=dataset or "brown", seeds=seeds)
+    if head is not None:
+        tiny = _language_network.Shape(16, 1, 2, 16)
+        settings = dataclasses.replace(
+            settings, tokens=300, length=32, teacher=tiny, student=tiny, epochs=1
+        )
+    data = _language.load_or_exit(settings.dataset, settings.tokens, console.print)
+    if head is not None:
+        parts = {part: getattr(data, part)[: 40 * head] for part in ("train", "validation", "test")}
+        data = dataclasses.replace(data, tag=f"{data.tag}-head", **parts)
+    shared = work.with_name("networks" + ("-smoke" if head is not None else ""))
+    tag = "" if data.tag == "brown" else data.tag
+    return _language_network.Run(settings, data, shared, console.print), tag
+
+
+def about(data: _language.Text) -> dict[str, Any]:
+    """Return what results say of the text."""
+    return {"name": data.name, "source": data.source, "test_bytes": data.test_bytes}

@@ -1,0 +1,102 @@
+"""Tables and plot of the language model experiment."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import _report
+
+Row = dict[str, Any]
+
+
+def compressed_table(rows: list[Row], targets: list[dict[str, Any]], console: Console) -> None:
+    """Print the perplexity of every network."""
+    console.print(
+        "Perplexity of a token of the test text, mean of the seeds; after the sign half the spread."
+    )
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("", "form", "method"):
+        found.add_column(name, no_wrap=True)
+    for name in ("bytes", "perplexity", "against float"):
+        found.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for row in rows:
+        place = row["kind"], row["form"]
+        if last not in (None, place):
+            found.add_section()
+        first, last = place != last, place
+        found.add_row(
+            row["kind"] if first else "",
+            row["form"] if first else "",
+            row["method"],
+            f"{np.mean(row['bytes']):,.0f}",
+            f"{row['mean_test']:,.2f} ±{row['spread_test'] / 2:,.2f}",
+            f"{row['mean_test'] / rows[0]['mean_test'] - 1:+.1%}",
+        )
+    console.print(found)
+    _report.print_targets(targets, console)
+
+
+def compressed_plot(rows: list[Row], file: Path) -> None:
+    """Draw perplexity against bits, a line for each method, and a panel of pruned networks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    dense = rows[0]["mean_test"]
+    quantized = [row for row in rows if row["kind"] == "quantized"]
+    for method, marker in zip(dict.fromkeys(r["method"] for r in quantized), "oDs^v", strict=False):
+        own = [row for row in quantized if row["method"] == method]
+        bits = [int(row["form"].split()[0]) for row in own]
+        tests = np.array([row["test"] for row in own])
+        (line,) = left.plot(bits, tests.mean(1), marker=marker, markersize=5, label=method)
+        left.fill_between(bits, tests.min(1), tests.max(1), color=line.get_color(), alpha=0.15)
+    left.set_yscale("log")
+    left.invert_xaxis()
+    left.set_xticks(sorted({int(row["form"].split()[0]) for row in quantized}))
+    left.set_xlabel("bits of a kernel's weight, groups of 64")
+    left.set_ylabel("perplexity of a test token (log scale)")
+    left.set_title("quantized", loc="left", fontsize=10)
+    pruned = [row for row in rows if row["kind"] == "pruned"]
+    forms = list(dict.fromkeys(row["form"] for row in pruned))
+    methods = list(dict.fromkeys(row["method"] for row in pruned))
+    width = 0.8 / max(len(methods), 1)
+    for number, method in enumerate(methods):
+        own = [row for row in pruned if row["method"] == method]
+        places = np.arange(len(forms)) + (number - (len(methods) - 1) / 2) * width
+        right.bar(places, [row["mean_test"] for row in own], 0.9 * width, label=method)
+    right.set_xticks(range(len(forms)), forms)
+    right.set_ylabel("perplexity of a test token")
+    right.set_title("pruned", loc="left", fontsize=10)
+    for axis in (left, right):
+        axis.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="float, dense")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    _report.save_plot(figure, file)
+
+
+def students_table(rows: list[Row], targets: list[dict[str, Any]], console: Console) -> None:
+    """Print the perplexity of every student, and what its teacher thinks of its own words."""
+    console.print(
+        "Mean of the seeds; after the sign half the spread. Surprise: of the teacher at a token "
+        "that the student draws."
+    )
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    found.add_column("student", no_wrap=True)
+    for name in ("parameters", "perplexity", "surprise"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        found.add_row(
+            row["how"],
+            f"{row['parameters']:,}",
+            f"{row['mean_test']:.2f} ±{row['spread_test'] / 2:.2f}",
+            f"{np.mean(row['surprise']):.3f}",
+        )
+    console.print(found)
+    _report.print_targets(targets, console)
