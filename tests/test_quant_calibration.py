@@ -533,6 +533,24 @@ def test_one_compilation_serves_all_batches_of_a_shape():
     assert float(figures["w"].count) == 20
 
 
+def test_a_second_look_at_a_model_compiles_nothing():
+    apply = chex.assert_max_traces(dense, n=3)  # the shapes are traced again, the step is not
+    first = calibrate(apply, {"w": jnp.ones((2, 3))}, [jnp.ones((4, 2))])
+    second = calibrate(apply, {"w": jnp.zeros((2, 3))}, [3 * jnp.ones((4, 2))])
+    np.testing.assert_allclose(second["w"].mean, 3 * first["w"].mean)
+
+
+def test_a_model_need_not_be_hashable():
+    class Dense:
+        __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+        def __call__(self, params, x):
+            return dense(params, x)
+
+    figures = calibrate(Dense(), {"w": jnp.ones((2, 3))}, [jnp.ones((4, 2))])
+    assert float(figures["w"].count) == 4
+
+
 def test_fewer_rows_are_evenly_spaced_ones():
     rows = jnp.arange(10.0)[:, None]
     figures = calibrate(dense, {"w": jnp.ones((1, 1))}, [rows], together(extremes, usage()), 4)

@@ -17,7 +17,7 @@ from jopt.codec._values import code_values
 HISTOGRAM, SPARSE = 2, 3
 """The first byte of each way."""
 
-_TRY_ALL = 1 << 17  # arrays up to this size are coded in every way that may win
+_TRY_ALL = 1 << 15  # arrays up to this size are coded in every way that may win
 _STRONG_VALUES = 1 << 19  # values of larger arrays are coded by histogram, which is faster
 _ONE_VALUE, _BY_HISTOGRAM = 0x40, 0x80
 

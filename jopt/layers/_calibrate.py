@@ -1,8 +1,8 @@
 """Run calibration data through a model and gather what its layers see."""
 
 import itertools
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -124,6 +124,18 @@ def _step_function(statistic: Statistic, rows_by_path: Callable[..., Any]) -> Ca
     return jax.jit(step, donate_argnums=0)
 
 
+@lru_cache(8)
+def _shared(
+    apply: Apply, arrange: Arrange, max_rows: int | None, statistic: Statistic
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the function of rows and the compiled step, for equal arguments the same.
+
+    So that a second look at a model, with other parameters or data, compiles nothing.
+    """
+    rows_by_path = _rows_function(apply, arrange, max_rows)
+    return rows_by_path, _step_function(statistic, rows_by_path)
+
+
 def _refuse_no_layers(apply: Apply, params: Any, args: tuple[Any, ...]) -> None:
     others = find_layers(apply, params, *args).others
     reasons = "; ".join(f"{path}: {reason}" for path, reason in others.items())
@@ -172,8 +184,8 @@ def accumulate(
         raise TypeError(f"statistic must be a Statistic, not {statistic!r}.")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1 or None, not {max_rows!r}.")
-    rows_by_path = _rows_function(apply, arrange, max_rows)
-    step = _step_function(statistic, rows_by_path)
+    make = _shared if isinstance(apply, Hashable) else _shared.__wrapped__
+    rows_by_path, step = make(apply, arrange, max_rows, statistic)
     carry = None
     for index, batch in enumerate(batches):
         args = batch if isinstance(batch, tuple) else (batch,)
@@ -254,7 +266,8 @@ def calibrate(
     """Run data through a model and describe the inputs of each of its layers.
 
     One jitted step a batch; the inputs themselves are never kept. Batches of one shape compile
-    once, and each other shape once more. Which parameters are layers, and why others are not, is
+    once, and each other shape once more; a later call with the same `apply` compiles nothing, so
+    define it once. Which parameters are layers, and why others are not, is
     what `find_layers(apply, params, *args)` says: none is passed over in silence.
 
     Args:
