@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jopt.prune import _counting
-from jopt.prune._threshold import keep_largest, keep_largest_global
+from jopt.prune._threshold import keep_largest, keep_largest_global, keep_largest_of_leaf
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 LENGTH = 37
@@ -189,3 +189,23 @@ def test_refuses_integers_and_fractions():
         keep_largest(jnp.arange(3), 1)
     with pytest.raises(TypeError, match="keep must be an integer"):
         keep_largest(jnp.arange(3.0), 0.5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 2), (4096,), (17, 241), (130, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_leaf_that_is_filled_up_keeps_what_it_would_keep_alone(shape, dtype):
+    rng = np.random.default_rng(1)
+    drawn = rng.integers(-3, 4, shape).astype(np.float64)
+    scores = jnp.asarray(np.where(rng.random(shape) < 0.2, np.nan, drawn), dtype)
+    for keep in keeps(scores.size):
+        expected = oracle(scores, keep)
+        np.testing.assert_array_equal(keep_largest_of_leaf(scores, keep), expected)
+        jitted = jax.jit(keep_largest_of_leaf)(scores, keep)
+        np.testing.assert_array_equal(jitted, expected)
+
+
+def test_leaves_of_many_shapes_are_compiled_for_few_lengths():
+    jax.clear_caches()
+    for length in range(40, 60):
+        keep_largest_of_leaf(jnp.ones((length, 3)), 5)
+    assert keep_largest._cache_size() == 1

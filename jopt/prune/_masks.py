@@ -11,7 +11,7 @@ import numpy as np
 from jopt._arrays import materialize
 from jopt._leaves import FloatTensor, QTensor, ScaledTensor, is_compressed
 from jopt._trees import Filter, broadcasts_to, flatten_with_paths, is_floating, is_kernel, select
-from jopt.prune._threshold import keep_largest, keep_largest_global
+from jopt.prune._threshold import keep_largest_global, keep_largest_of_leaf
 
 Sparsity = float | jax.Array
 
@@ -133,7 +133,7 @@ def topk_masks(
     paths, leaves, chosen, treedef = scored(scores, where)
     each = iter(_sparsity_of_each(sparsity, paths, chosen))
     kept = [
-        keep_largest(leaf, _kept_count(path, leaf.size, next(each), min_kept))
+        keep_largest_of_leaf(leaf, _kept_count(path, leaf.size, next(each), min_kept))
         for path, leaf, take in zip(paths, leaves, chosen, strict=True)
         if take
     ]
@@ -186,7 +186,7 @@ def global_topk_masks(
             f"sparsity {sparsity} keeps {keep} of {total}, fewer than min_kept = {min_kept} for "
             f"each of {len(taken)} leaves."
         )
-    safe = [keep_largest(leaf, min_kept) for leaf in taken]
+    safe = [keep_largest_of_leaf(leaf, min_kept) for leaf in taken]
     # NaN comes last, so that what is safe does not compete again.
     rest = [jnp.where(mask, jnp.nan, leaf) for mask, leaf in zip(safe, taken, strict=True)]
     won = keep_largest_global(rest, jnp.asarray(keep - sure))

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jopt.prune._counting import Seen, count, firsts, order_keys
 
 _SAMPLE = 1 << 14
+_FILLED_FROM, _FILLED_UP_TO = 1 << 12, 1 << 18
 
 
 class _Bracket(NamedTuple):
@@ -57,6 +58,24 @@ def keep_largest(scores: Array, keep: Array | int) -> Array:
         Zhu and Gupta, "To prune, or not to prune", 2017, https://arxiv.org/abs/1710.01878.
     """
     return keep_largest_global([scores], keep)[0]
+
+
+def keep_largest_of_leaf(scores: Array, keep: Array | int) -> Array:
+    """Do what `keep_largest` does, compiled for few lengths instead of for every shape.
+
+    A network may have fifty shapes, and each takes a second or two to compile. So leaves of up to
+    2^18 scores are filled up with NaN, which comes last, to the next power of two.
+
+    Example:
+        >>> keep_largest_of_leaf(jnp.array([[0.5, 2.0], [jnp.nan, -1.0]]), 3).tolist()
+        [[True, True], [False, True]]
+    """
+    if not 0 < scores.size <= _FILLED_UP_TO:
+        return keep_largest(scores, keep)
+    length = max(_FILLED_FROM, 1 << (scores.size - 1).bit_length())
+    filled = jnp.pad(scores.reshape(-1), (0, length - scores.size), constant_values=jnp.nan)
+    mask = keep_largest(filled, jnp.clip(keep, 0, scores.size))
+    return mask[: scores.size].reshape(scores.shape)
 
 
 @jax.jit
