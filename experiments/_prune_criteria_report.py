@@ -11,6 +11,11 @@ from rich.table import Table
 from experiments import _report, _results
 
 Row = dict[str, Any]
+WAYS = {
+    "once": "at once, then fine-tuned",
+    "gradual": "gradually",
+    "scratch": "sparse from the start",
+}
 TITLES = {"lenet5": "LeNet-5, MNIST", "cnn": "batch-norm CNN, Fashion-MNIST"}
 
 
@@ -65,27 +70,28 @@ def table(rows: dict[str, list[Row]], targets: list[dict[str, Any]], console: Co
     for network, own in rows.items():
         dense = own[0]
         levels = sorted({row["level"] for row in own[1:]})
+        seeds = len(dense["test"])
         console.print(
-            f"{TITLES[network]}: test accuracy, mean of {len(dense['test'])} seeds; dense "
-            f"{dense['mean_test']:.2%}; after the sign half the spread over seeds"
+            f"{TITLES[network]}: test accuracy, %; dense {100 * dense['mean_test']:.2f}"
+            + (f"; mean of {seeds} seeds ± half their spread" if seeds > 1 else "; one seed")
         )
         found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        for name in ("how", "criterion"):
-            found.add_column(name, no_wrap=True)
+        found.add_column("criterion", no_wrap=True)
         for level in levels:
             found.add_column(f"{level:.0%}", justify="right", no_wrap=True)
         kinds = dict.fromkeys((row["how"], row["criterion"]) for row in own[1:])
         last = None
         for how, criterion in kinds:
-            if last not in (None, how):
-                found.add_section()
+            if how != last:
+                found.add_row(f"[bold]{WAYS[how]}[/]")
             last = how
             cells = [
-                f"{100 * row['mean_test']:.2f} ±{50 * row['spread_test']:.2f}"
+                f"{100 * row['mean_test']:.2f}"
+                + (f" ±{50 * row['spread_test']:.1f}" if seeds > 1 else "")
                 for row in own
                 if (row["how"], row["criterion"]) == (how, criterion)
             ]
-            found.add_row(how, criterion, *cells)
+            found.add_row(f" {criterion}", *cells)
         console.print(found)
     missed = [each for each in targets if not each["met"]]
     if targets:
@@ -101,19 +107,13 @@ def plot(rows: dict[str, list[Row]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    ways = ("once", "gradual", "scratch")
-    titles = {
-        "once": "at once, then fine-tuned",
-        "gradual": "gradually",
-        "scratch": "sparse from the start",
-    }
     figure, axes = pyplot.subplots(
-        len(rows), len(ways), figsize=(12, 3.6 * len(rows) + 0.6), squeeze=False, sharey="row"
+        len(rows), len(WAYS), figsize=(12, 3.6 * len(rows) + 0.6), squeeze=False, sharey="row"
     )
     criteria = dict.fromkeys(row["criterion"] for own in rows.values() for row in own[1:])
     looks = _looks([name for name in criteria if name != "random"])
     for line, (network, own) in zip(axes, rows.items(), strict=True):
-        for axis, how in zip(line, ways, strict=True):
+        for axis, how in zip(line, WAYS, strict=True):
             dense = 100 * (1 - own[0]["mean_test"])
             axis.axhline(dense, color="0.6", linewidth=1, linestyle=":")
             kinds = dict.fromkeys(row["criterion"] for row in own[1:] if row["how"] == how)
@@ -131,7 +131,7 @@ def plot(rows: dict[str, list[Row]], file: Path) -> None:
             ticks = sorted({round(100 * (1 - row["level"]), 6) for row in own[1:]})
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
-            axis.set_title(f"{TITLES[network]}\n{titles[how]}", fontsize=9)
+            axis.set_title(f"{TITLES[network]}\n{WAYS[how]}", fontsize=9)
             axis.set_xlabel("weights left in kernels, %")
         _plain_ticks(line[0])
         line[0].set_ylabel("test error, %")
