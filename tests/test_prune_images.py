@@ -175,9 +175,23 @@ def test_every_pruned_network_of_the_readme_is_in_the_results():
         wanted = f"| {row['mean_ratio']:.0f}x | {100 * row['mean_test_error']:.2f} % "
         wanted += f"({min(tests):.2f} to {max(tests):.2f}) | {row['mean_bytes']:,.0f} |"
         assert wanted in line
+    criteria = figures["criteria"]["networks"]
+    ways = {"once": "at once", "gradual": "gradually", "scratch": "from the start"}
+    for how, criterion in {(row["how"], row["criterion"]) for row in criteria["cnn"][1:]}:
+        cells = [
+            f"{100 * row['mean_test']:.2f}"
+            for network in ("lenet5", "cnn")
+            for row in criteria[network]
+            if (row["how"], row["criterion"]) == (how, criterion) and row["level"] > 0.85
+        ]
+        assert f"| {ways[how]} | {criterion} | {' | '.join(cells)} |" in readme
     channels = figures["channels"]
     for row in channels["criteria"]:
-        (line,) = [each for each in readme.splitlines() if f"| {row['criterion']}, " in each]
+        (line,) = [
+            each
+            for each in readme.splitlines()
+            if f"| {row['criterion']}, " in each and "epochs" in each
+        ]
         means = [100 * sum(column) / len(column) for column in zip(
             *(each["test"] for each in row["seeds"]), strict=True
         )]  # fmt: skip
