@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from experiments import _checkpoint, _decoder, _distill_training, _language
 from jopt import distill
 
 Tree = Any
+Make = TypeVar("Make", bound=Callable[..., Any])
 STARTS = 4  # each epoch cuts the text into windows at another place, of so many
 
 
@@ -48,17 +49,22 @@ class Settings:
     weight_decay: float = 0.1
 
 
-@lru_cache
+def shared(make: Make) -> Make:
+    """Return the same for equal arguments: what was compiled for it serves again."""
+    return lru_cache(make)  # pyright: ignore[reportReturnType]
+
+
+@shared
 def shared_decoder(settings: Settings, shape: Shape, vocabulary: int) -> _decoder.Decoder:
-    """Return the module of a shape, for equal arguments the same: what is compiled serves again."""
+    """Return the module of a shape."""
     return _decoder.Decoder(
         vocabulary, settings.length, **dataclasses.asdict(shape), dropout=settings.dropout
     )
 
 
-@lru_cache
+@shared
 def logits_of(module: _decoder.Decoder) -> Callable[[Tree, Array], Array]:
-    """Return `(params, ids) -> logits` of a module, for the same module the same function."""
+    """Return `(params, ids) -> logits` of a module."""
 
     def logits(params: Tree, ids: Array) -> Array:
         return module.apply({"params": params}, ids)[0]  # pyright: ignore[reportReturnType]
@@ -150,7 +156,7 @@ class Run:
         return round(math.log2(perplexity) * tokens / self.data.test_bytes, 4)
 
 
-@lru_cache
+@shared
 def text_loss(module: _decoder.Decoder) -> _distill_training.Loss:
     """Return the mean surprise at the text, with dropout."""
 
@@ -170,7 +176,7 @@ def training_logits(
     return module.apply({"params": params}, ids, None, True, rngs=rngs)  # pyright: ignore
 
 
-@lru_cache
+@shared
 def taught_loss(
     student: _decoder.Decoder, teacher: _decoder.Decoder, weight: float
 ) -> _distill_training.Loss:
@@ -189,7 +195,7 @@ def taught_loss(
     return loss
 
 
-@lru_cache
+@shared
 def on_policy_loss(
     student: _decoder.Decoder,
     teacher: _decoder.Decoder,

@@ -162,7 +162,8 @@ class Run:
         """Train for some steps; a step of one name is compiled once, for all levels."""
         step = self.steps.setdefault(name, _train.make_step(self.loss, tx))
         key = jax.random.fold_in(jax.random.key(seed), at)
-        carry = _train.start(params, tx(level) if callable(tx) else tx, key)
+        own: Any = tx(level) if callable(tx) else tx
+        carry = _train.start(params, own, key)
         for some in self.batches(key, steps, CHUNK):
             carry, _ = _train.run_epoch(step, carry, *self.train, some, level)
         return carry.params

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def _network(**sizes):
-    module = _decoder.Decoder(
-        11, **{"positions": 12, "width": 8, "layers": 2, "heads": 2, "hidden": 12} | sizes
-    )
+def _network():
+    sizes = {"positions": 12, "width": 8, "layers": 2, "heads": 2, "hidden": 12}
+    module = _decoder.Decoder(11, **sizes)  # pyright: ignore[reportArgumentType]
     ids = jax.random.randint(jax.random.key(1), (3, 7), 0, 11)
     params = module.init(jax.random.key(0), ids)["params"]
     return module, jax.tree.map(lambda leaf: leaf + 0.3 * jnp.sin(jnp.arange(leaf.size)).reshape(
@@ -90,7 +90,8 @@ def test_a_token_sees_none_that_comes_later():
 @pytest.mark.parametrize("cuts", [(3,), (1, 2, 6), tuple(range(1, 7))])
 def test_reading_piece_by_piece_is_reading_at_once(cuts):
     module, params, ids = _network()
-    cache, found = module.empty(3), []
+    cache: Any = module.empty(3)
+    found = []
     for piece in jnp.split(ids, cuts, axis=1):
         logits, cache = module.apply({"params": params}, piece, cache)
         found.append(logits)
