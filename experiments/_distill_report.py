@@ -103,25 +103,23 @@ def classic_table(figures: dict[str, Any], targets: list[dict[str, Any]], consol
 
 def text_table(rows: list[dict[str, Any]], targets: list[dict[str, Any]], console: Console) -> None:
     """Print the networks that read sentences: bytes and accuracy, against the teacher's."""
-    console.print("Mean of the seeds; after the sign half the spread over them.")
+    console.print("Test accuracy, %: mean of the seeds ± half their spread.")
     teacher = rows[0]
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("network", "how"):
-        found.add_column(name, no_wrap=True)
-    for name in ("bytes", "smaller", "test accuracy", "kept"):
+    found.add_column("network", no_wrap=True)
+    for name in ("kB", "smaller", "test", "kept"):
         found.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in rows:
-        if last not in (None, row["network"]):
-            found.add_section()
-        first, last = row["network"] != last, row["network"]
+        if row["network"] != last:
+            found.add_row(f"[bold]{row['network']}[/]")
+        last = row["network"]
         tests, size = row["test"], np.mean(row["bytes"])
         found.add_row(
-            row["network"] if first else "",
-            row["how"],
-            f"{size:,.0f}",
+            f" {row['how']}",
+            f"{size / 1000:,.1f}",
             f"{np.mean(teacher['bytes']) / size:.1f}x",
-            f"{row['mean_test']:.2%} ±{50 * (max(tests) - min(tests)):.2f}",
+            f"{100 * row['mean_test']:.2f} ±{50 * (max(tests) - min(tests)):.2f}",
             f"{row['mean_test'] / teacher['mean_test']:.1%}",
         )
     console.print(found)

@@ -2,6 +2,7 @@
 
 import bz2
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from experiments import (
     _distill_comparison,
     _distill_training,
     _residual,
+    _results,
     _text,
     distill_images,
     distill_text,
@@ -248,3 +250,14 @@ def test_the_text_experiment_runs_and_compresses(folder, monkeypatch):
     for row in packed:
         assert row["left"][0] < 0.7 * alone["left"][0]
         assert row["bytes"][0] < 0.7 * alone["bytes"][0] < teacher["bytes"][0]
+
+
+def test_every_taught_network_of_the_readme_is_in_the_results():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = json.loads((_results.RESULTS / "distill_text.json").read_text())["figures"]["sentences"]
+    for row in rows:
+        tests = [100 * each for each in row["test"]]
+        kept = 100 * row["mean_test"] / rows[0]["mean_test"]
+        line = f"| {row['network']} | {row['how']} | {np.mean(row['bytes']):,.0f} | "
+        line += f"{100 * row['mean_test']:.2f} % ({min(tests):.2f} to {max(tests):.2f}) | "
+        assert f"{line}{kept:.1f} % |" in readme
