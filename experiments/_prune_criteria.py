@@ -221,11 +221,10 @@ def measure(run: Run, seed: int) -> list[dict[str, Any]]:
     wanted = [("dense", "", 0.0)]
     rows = TRIED if len(run.settings.levels) == 1 else tuple(ROWS)
     wanted += [(*row, level) for level in run.settings.levels for row in rows]
-    for how, criterion, level in wanted:
+    missing = [each for each in wanted if " ".join(map(str, each)) not in done]
+    dense = run.dense(seed) if missing else None
+    for how, criterion, level in missing:
         name = f"{how} {criterion} {level}"
-        if name in done:
-            continue
-        dense = run.dense(seed)
         params = dense if how == "dense" else ROWS[how, criterion](run, dense, level, seed)
         errors = run.network.errors(params, run.train[0][:4096], (run.validation, run.test))
         validation, test = (round(1 - error, 6) for error in errors)

@@ -135,7 +135,9 @@ def test_the_library_takes_the_decoder_whole():
         _, found = quant.quantize_calibrated_params(
             params, statistics, spec, method, "layer.*/kernel"
         )
-        assert set(found) == kernels and not [each for each in found.values() if each is str]
+        assert set(found) == kernels and not [
+            each for each in found.values() if isinstance(each, str)
+        ]
     groups = prune.find_groups(apply, params, ids)
     heads = [group for group in groups.groups.values() if any(
         "layer0_query" in member.path for member in group.members

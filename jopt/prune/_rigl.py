@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jopt._trees import flatten_with_paths
 from jopt.prune._ranking import among, exchange, is_trainable_mask, part_of
-from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, check_every
+from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, check_every, regularly
 from jopt.prune._threshold import keep_largest
 
 
@@ -93,6 +93,6 @@ def rigl(masks: Any, end: int, every: int = 100, fraction: float = 0.3) -> Spars
     return SparseRule(
         init=lambda params: (jax.tree.map(jnp.asarray, masks), ()),
         observe=lambda state, params, gradients: state,
-        due=lambda count: (count > 0) & (count % every == 0) & (count < end),
+        due=regularly(every, end),
         change=change,
     )

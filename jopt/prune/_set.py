@@ -9,7 +9,7 @@ import optax
 
 from jopt._trees import flatten_with_paths
 from jopt.prune._ranking import among, exchange, is_trainable_mask, part_of
-from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, check_every
+from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, check_every, regularly
 from jopt.prune._threshold import keep_largest
 
 
@@ -115,8 +115,6 @@ def set_rule(
     return SparseRule(
         init=lambda params: (jax.tree.map(jnp.asarray, masks), ()),
         observe=lambda state, params, gradients: state,
-        due=lambda count: (
-            (count > 0) & (count % every == 0) & (True if end is None else count < end)
-        ),
+        due=regularly(every, end),
         change=change,
     )

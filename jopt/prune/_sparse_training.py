@@ -179,6 +179,21 @@ def sparse_training(
     return optax.GradientTransformation(init, update)
 
 
+def regularly(every: int, end: int | None = None) -> Callable[[jax.Array], jax.Array]:
+    """Return what says whether a rule is due: at updates `every`, 2 `every`, ... before `end`.
+
+    Example:
+      >>> [count for count in range(9) if regularly(2, 7)(count)]
+      [2, 4, 6]
+    """
+
+    def due(count: jax.Array) -> jax.Array:
+        regular = (count > 0) & (count % every == 0)
+        return regular if end is None else regular & (count < end)
+
+    return due
+
+
 def check_every(every: int) -> None:
     """Raise unless `every` is a whole number of updates.
 
