@@ -58,6 +58,7 @@ def test_the_shrunk_network_computes_what_the_masked_one_does(name):
         for axis in range(leaf.ndim):
             gone = len(shrunk.removed.get(path, {}).get(axis, ()))
             assert small[path].shape[axis] == leaf.shape[axis] - gone
+    chex.assert_trees_all_equal(shrunk.widen(shrunk.params), masked)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -103,6 +104,9 @@ def test_training_goes_on_with_the_smaller_optimizer_state():
     after, _ = jax.jit(lambda p, s: steps(tx, apply, p, s))(masked, state)
     small, _ = jax.jit(lambda p, s: steps(tx, shrunk.apply, p, s))(small, narrow)
     chex.assert_trees_all_close(small, shrunk.narrow(after), rtol=1e-3, atol=1e-4)
+    wide = shrunk.widen(narrow)
+    chex.assert_trees_all_equal_shapes(wide, state)
+    chex.assert_trees_all_equal(shrunk.narrow(wide), narrow)
 
 
 def test_attention_heads_are_units():
@@ -359,3 +363,41 @@ def test_training_functions_shrink_with_their_statistics_and_dropout():
     averages = state["batch_stats"]["BatchNorm_0"]["mean"]
     _, full = train(variables, x, jax.random.key(2))
     close(averages, full["batch_stats"]["BatchNorm_0"]["mean"][1:])
+
+
+@pytest.mark.parametrize(
+    ("kept", "multiple", "stay"),
+    [(3, 4, 4), (5, 4, 4), (6, 4, 8), (1, 4, 4), (0, 4, 4), (11, 4, 11), (11, 8, 8), (5, 1, 5),
+     (2, 64, 11)],
+)  # fmt: skip
+def test_units_are_rounded_to_multiples(kept, multiple, stay):
+    rng = np.random.default_rng(kept)
+    scores = {"a": jnp.asarray(rng.normal(size=11), jnp.float32), "unused": jnp.ones(2)}
+    keep = {"a": jnp.asarray(rng.permutation(11) < kept)}
+    found = prune.round_units(keep, scores, multiple)
+    assert set(found) == {"a"} and int(found["a"].sum()) == stay
+    before, after = np.asarray(keep["a"]), np.asarray(found["a"])
+    assert (before & after).sum() == min(kept, stay)  # nothing goes while something comes
+    score, own = np.asarray(scores["a"]), before if stay < kept else ~before
+    changed, left = score[before != after], score[own & (before == after)]
+    if stay > kept:
+        assert min(changed, default=9) >= max(left, default=-9)
+    else:
+        assert max(changed, default=-9) <= min(left, default=9)
+    chex.assert_trees_all_equal(
+        found, jax.jit(prune.round_units, static_argnums=2)(keep, scores, multiple)
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "multiple", "words"),
+    [
+        ({"a": jnp.ones(3)}, 0, "multiple must be a whole number, at least 1, not 0"),
+        ({"a": jnp.ones(3)}, 2.0, "not 2.0"),
+        ({"b": jnp.ones(3)}, 2, "scores has no 'a'"),
+        ({"a": jnp.ones(4)}, 2, r"must have shape \(3,\), as keep has it, not \(4,\)"),
+    ],
+)
+def test_rounding_that_does_not_fit_is_refused(scores, multiple, words):
+    with pytest.raises(ValueError, match=words):
+        prune.round_units({"a": jnp.ones(3, bool)}, scores, multiple)

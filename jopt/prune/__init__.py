@@ -16,7 +16,7 @@ True keeps. Every score goes with every way of making masks, and these with ever
   masks (`str_params`, `l0_params`, `variational_params`, `movement_params`); rewinding (`remember`,
   `iterative_pruning`).
 - Once, with second order: `sparse_gpt`, `obc`, `reconstruct`, `prune_calibrated_params`.
-- Networks that really shrink: `find_groups`, `unit_scores`, `unit_masks`, `shrink`.
+- Networks that really shrink: `find_groups`, `unit_scores`, `round_units`, `unit_masks`, `shrink`.
 """
 
 from jopt.prune._activity import Activity, activity, channel_scores
@@ -80,6 +80,7 @@ from jopt.prune._shrink._groups import (
     unit_masks,
     unit_scores,
 )
+from jopt.prune._shrink._round import round_units
 from jopt.prune._shrink._shrink import Shrunk, shrink, shrunk_apply
 from jopt.prune._sparse_gpt import sparse_gpt
 from jopt.prune._sparse_training import (
@@ -209,6 +210,7 @@ __all__ = [
     "rewind_weights",
     "rewound",
     "rigl",
+    "round_units",
     "saliency",
     "saliency_scores",
     "scale_penalty",

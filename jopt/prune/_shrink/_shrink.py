@@ -30,6 +30,8 @@ class Shrunk(NamedTuple):
       units: by group, which units stay; all that `shrunk_apply` needs to make `apply` again.
       narrow: takes the same indices out of any tree that holds trees like the parameters:
         an optimizer's state, averages of the parameters, masks.
+      widen: puts zeros back at those indices, in any tree that holds trees like the smaller
+        parameters: what was trained small is a network of the original shapes again.
     """
 
     params: Any
@@ -37,6 +39,7 @@ class Shrunk(NamedTuple):
     removed: dict[str, dict[int, np.ndarray]]
     units: dict[str, np.ndarray]
     narrow: Callable[[Any], Any]
+    widen: Callable[[Any], Any]
 
 
 def _keep(named: Mapping[str, Axis], units: Units) -> dict[Axis, np.ndarray]:
@@ -186,8 +189,8 @@ def shrink(apply: Apply, params: Any, masks: Any, *args: Any, tolerance: float =
       tolerance: the largest difference allowed, as a share of the largest output.
 
     Returns:
-      `Shrunk`: smaller parameters, the function that runs them, the indices removed, and `narrow`,
-      which makes an optimizer's state smaller likewise.
+      `Shrunk`: smaller parameters, the function that runs them, the indices removed, `narrow`,
+      which makes an optimizer's state smaller likewise, and `widen`, which undoes it with zeros.
 
     Raises:
       ValueError: the masks do not fit, an operation without a rule stands in the way of a masked
@@ -229,7 +232,8 @@ def shrink(apply: Apply, params: Any, masks: Any, *args: Any, tolerance: float =
     small_apply = shrunk_apply(apply, params, units)
     _refuse_different(jax.jit(apply)(masked, *args), small_apply(small, *args), tolerance)
     removed = _removed(found, keep)
-    return Shrunk(small, small_apply, removed, units, _narrower(params, removed))
+    narrow, widen = _narrower(params, removed), _widener(params, small, removed)
+    return Shrunk(small, small_apply, removed, units, narrow, widen)
 
 
 def _narrower(params: Any, removed: dict[str, dict[int, np.ndarray]]) -> Callable[[Any], Any]:
@@ -249,3 +253,26 @@ def _narrower(params: Any, removed: dict[str, dict[int, np.ndarray]]) -> Callabl
         return leaf
 
     return jax.jit(lambda tree: map_matching(cut, tree, shapes))
+
+
+def _widener(params: Any, small: Any, removed: dict[str, dict[int, np.ndarray]]) -> Any:
+    """Return the function that puts zeros where indices were removed from trees like `small`."""
+    pairs = zip(entries(small)[0], entries(params)[0], strict=True)
+    by_key = {
+        path: (leaf.shape, whole.shape, removed.get(path_string(path), {}))
+        for (path, leaf), (_, whole) in pairs
+    }
+
+    def put_back(path: Path, leaf: Any) -> Any:
+        shape, whole, gone = by_key[path]
+        if len(jnp.shape(leaf)) != len(shape):  # other statistics of a parameter stay
+            return leaf
+        for axis, indices in gone.items():
+            if leaf.shape[axis] == shape[axis]:
+                stays = np.setdiff1d(np.arange(whole[axis]), indices)
+                wide = (*leaf.shape[:axis], whole[axis], *leaf.shape[axis + 1 :])
+                at = (slice(None),) * axis
+                leaf = jnp.zeros(wide, leaf.dtype).at[(*at, stays)].set(leaf)
+        return leaf
+
+    return jax.jit(lambda tree: map_matching(put_back, tree, small))
