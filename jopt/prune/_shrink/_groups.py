@@ -137,9 +137,14 @@ def find_groups(apply: Apply, params: Any, *args: Any) -> Groups:
 
 def _mean_by_unit(scores: jax.Array, member: Member, size: int) -> jax.Array:
     others = tuple(axis for axis in range(scores.ndim) if axis != member.axis)
-    by_index = jnp.mean(scores, axis=others)
     counts = np.bincount(member.units[member.units >= 0], minlength=size)
-    spare = jnp.where(jnp.asarray(member.units) >= 0, jnp.asarray(member.units), size)
+    spare = np.where(member.units >= 0, member.units, size)
+    if on_host(scores):
+        wide = np.asarray(scores, np.result_type(scores.dtype, np.float32))
+        sums = np.zeros(size + 1, wide.dtype)
+        np.add.at(sums, spare, wide.mean(axis=others))
+        return jnp.asarray((sums[:size] / counts).astype(scores.dtype))
+    by_index = jnp.mean(scores, axis=others)
     sums = jnp.zeros(size + 1, by_index.dtype).at[spare].add(by_index)[:size]
     return sums / jnp.asarray(counts).astype(by_index.dtype)
 
@@ -191,6 +196,16 @@ def unit_scores(
     return result
 
 
+def on_host(array: Any) -> bool:
+    """Say whether an array's values are known here, so that numpy may compute with them.
+
+    There are hundreds of small arrays of as many shapes: XLA would compile for half a minute.
+    """
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return getattr(array, "is_fully_addressable", True)
+
+
 def _refuse_bad_units(groups: Groups, keep: Mapping[str, Any], at_least: int) -> None:
     for name, stays in keep.items():
         if name not in groups.groups:
@@ -240,16 +255,17 @@ def unit_masks(
     """
     _refuse_bad_units(groups, keep, at_least)
     paths, parts, treedef = flatten_with_paths(params)
-    masks = {path: jnp.array(True) for path in paths}
+    masks: dict[str, Any] = {path: np.array(True) for path in paths}
     ranks = {path: len(part.shape) for path, part in zip(paths, parts, strict=True)}
     for name, stays in keep.items():
         for member in groups.groups[name].members:
-            at = jnp.asarray(member.units)
-            own = jnp.where(at >= 0, jnp.asarray(stays)[jnp.maximum(at, 0)], True)
+            numpy = np if on_host(stays) else jnp
+            at = member.units
+            own = numpy.where(at >= 0, numpy.asarray(stays)[np.maximum(at, 0)], True)
             shape = [1] * ranks[member.path]
             shape[member.axis] = own.size
             mask = masks[member.path]
             if mask.ndim == 0:
                 mask = mask.reshape([1] * ranks[member.path])
             masks[member.path] = mask & own.reshape(shape)
-    return jax.tree.unflatten(treedef, [masks[path] for path in paths])
+    return jax.tree.unflatten(treedef, [jnp.asarray(masks[path]) for path in paths])

@@ -1,9 +1,13 @@
 """Round how many units stay to what vector units and matrix units like."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jopt.prune._shrink._groups import on_host
 
 
 def round_units(
@@ -50,8 +54,14 @@ def round_units(
 
 
 def _rounded(stays: jax.Array, scores: jax.Array, multiple: int) -> jax.Array:
+    if not (on_host(stays) and on_host(scores)):
+        return _chosen(jnp, stays, scores, multiple)
+    return jnp.asarray(_chosen(np, np.asarray(stays), np.asarray(scores), multiple))
+
+
+def _chosen(numpy: Any, stays: Any, scores: Any, multiple: int) -> Any:
     size = stays.size
-    count = jnp.sum(stays)
-    wanted = jnp.clip((count + multiple // 2) // multiple * multiple, min(multiple, size), size)
-    order = jnp.lexsort((-scores, ~stays))  # what stays first, then by score
-    return jnp.zeros(size, bool).at[order].set(jnp.arange(size) < wanted)
+    wanted = (numpy.sum(stays) + multiple // 2) // multiple * multiple
+    order = numpy.lexsort((-scores, ~stays))  # what stays first, then by score
+    ranks = numpy.argsort(order)
+    return ranks < numpy.clip(wanted, min(multiple, size), size)
