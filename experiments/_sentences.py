@@ -1,0 +1,70 @@
+"""Sentences on their way through a BERT: in batches of few lengths, without filling up for nothing.
+
+Half of what a batch of sentences holds is filling where all are as long as the longest. Sorted by
+length and cut to a few lengths, sentences take half the time, and a program is compiled for each
+length only.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import _bert
+
+LENGTHS = (16, 24, 32, 40, 48, 64)
+Run = Callable[[np.ndarray, np.ndarray], Any]  # (ids, real) to an array with a row for each
+
+
+def batches(
+    tokens: _bert.Tokens, batch: int, lengths: Sequence[int] = LENGTHS
+) -> Iterator[tuple[np.ndarray, _bert.Tokens]]:
+    """Cut sentences into batches of one of a few lengths, all with as many rows.
+
+    Args:
+      tokens: of all sentences, filled up to one length.
+      batch: rows of a batch; the last one of a length is filled up with sentences that were there.
+      lengths: that a batch may have; the longest one is never exceeded by `tokens`.
+
+    Yields:
+      The places of the sentences in a batch, and the batch, whose first rows they are.
+    """
+    longest = tokens.real.sum(1)
+    edges = [length for length in sorted(lengths) if length < tokens.ids.shape[1]]
+    last = 0
+    for length in (*edges, tokens.ids.shape[1]):
+        own = np.flatnonzero((longest > last) & (longest <= length))
+        last = length
+        for at in range(0, len(own), batch):
+            places = own[at : at + batch]
+            rows = np.resize(places, batch)
+            yield places, _bert.Tokens(*(each[rows, :length] for each in tokens))
+
+
+def through(run: Run, tokens: _bert.Tokens, batch: int = 32) -> np.ndarray:
+    """Run a function over sentences; returns its rows in the sentences' order."""
+    found: np.ndarray | None = None
+    for places, each in batches(tokens, batch):
+        rows = np.asarray(run(each.ids, each.real))
+        if found is None:
+            found = np.zeros((len(tokens.ids), *rows.shape[1:]), rows.dtype)
+        found[places] = rows[: len(places)]
+    if found is None:
+        raise ValueError("tokens has no sentence with a token.")
+    return found
+
+
+def full_rows(
+    tokenizer_file: Path, sentences: Sequence[str], length: int, count: int
+) -> list[np.ndarray]:
+    """Return ids of sentences that fill a length, cut to it: what statistics are taken from.
+
+    What fills sentences up would count among the inputs of layers as much as words do.
+
+    Returns:
+      `(16, length)` ids each, `count` sentences in all, or fewer if there are no more.
+    """
+    tokens = _bert.tokenizer(tokenizer_file, length)(sentences)
+    whole = tokens.ids[tokens.real.all(1)][:count]
+    return [whole[at : at + 16] for at in range(0, len(whole) - 15, 16)]
