@@ -21,6 +21,7 @@ import numpy as np
 from experiments import _pretrained, _pth
 from experiments._data import DataUnavailable
 from experiments._networks import EfficientNetLite0
+from jopt import quant
 
 Tree = Any
 SIZE = 224
@@ -87,6 +88,97 @@ def _name_of(path: str) -> str:
     return f"_blocks.{block[1]}.{_IN_BLOCKS[block[2]]}.{_LEAVES[leaf]}"
 
 
+def fold(model: EfficientNetLite0, variables: Tree) -> tuple[EfficientNetLite0, Tree]:
+    """Fold the batch norms: the network whose convolutions have biases, and its variables.
+
+    Returns:
+      The module, and `{"params": ..., "limits": ...}`.
+    """
+    params, averages = variables["params"], variables["batch_stats"]
+    pairs = {norm.removesuffix("_norm"): norm for norm in averages}
+    params, _ = quant.remove_batch_norms(params, averages, pairs, epsilon=1e-3)
+    folded = model.clone(folded=True)
+    limits = {
+        f"{layer}_limit": jnp.full(params[layer]["bias"].shape, 6.0)
+        for layer in pairs
+        if not layer.endswith("_project")
+    }
+    return folded, {"params": params, "limits": limits}
+
+
+def readers(params: Tree) -> list[tuple[str, str]]:
+    """Name each layer whose outputs one other layer reads, through a ReLU6 and nothing else."""
+    numbers = sorted(
+        {int(found[1]) for name in params if (found := re.match(r"block(\d+)_", name))}
+    )
+    pairs = [("stem", "block0_depthwise"), ("head", "classifier")]
+    for number in numbers:
+        block = f"block{number}"
+        if f"{block}_expand" in params:
+            pairs.append((f"{block}_expand", f"{block}_depthwise"))
+        pairs.append((f"{block}_depthwise", f"{block}_project"))
+    return pairs
+
+
+def equalize(variables: Tree, steps: int = 20) -> Tree:
+    """Equalize the channels of a folded network across layers; it computes the same function.
+
+    A channel that is divided by its scale is cut off at 6 divided by the scale: the paper, which
+    has one limit for all, makes a ReLU of the ReLU6.
+
+    Nagel, van Baalen, Blankevoort, Welling, "Data-Free Quantization Through Weight Equalization and
+    Bias Correction", 2019, section 4.1.
+    """
+    pairs = readers(variables["params"])
+
+    @jax.jit
+    def step(variables: Tree) -> Tree:
+        params = {name: dict(layer) for name, layer in variables["params"].items()}
+        limits = dict(variables["limits"])
+        for one, two in pairs:
+            first, second = params[one], params[two]
+            ones = jnp.ones_like(first["bias"])
+            first["kernel"], inverse, second["kernel"] = quant.equalize(
+                first["kernel"], ones, second["kernel"]
+            )
+            first["bias"] = first["bias"] * inverse
+            limits[f"{one}_limit"] = limits[f"{one}_limit"] * inverse
+        return {"params": params, "limits": limits}
+
+    for _ in range(steps):
+        variables = step(variables)
+    return variables
+
+
+def crops(keys: np.random.Generator, which: np.ndarray, count: int, size: int = SIZE) -> np.ndarray:
+    """Cut views at random out of photos, mirrored half of the time.
+
+    Args:
+      keys: where the random numbers come from.
+      which: places of the photos among those of `photos`.
+      count: views of each.
+      size: pixels of each side.
+
+    Returns:
+      (photos * count, size, size, 3), uint8; squares of half to all of a photo's shorter side.
+    """
+    from PIL import Image
+
+    files = _files()
+    views = []
+    for place in which:
+        with Image.open(files[place]) as opened:
+            image = opened.convert("RGB")
+        for _ in range(count):
+            side = min(image.size) * keys.uniform(0.5, 1.0)
+            left, top = (keys.uniform(0, length - side) for length in image.size)
+            box = (left, top, left + side, top + side)
+            made = image.resize((size, size), Image.Resampling.BICUBIC, box)
+            view = np.asarray(made, np.uint8)
+            views.append(view[:, ::-1] if keys.random() < 0.5 else view)
+    return np.stack(views)
+
+
 def normalize(images: Any) -> jax.Array:
     """Map pixels from 0 to 255 to what the network was trained on: (x - 127) / 128."""
     return (jnp.asarray(images, jnp.float32) - 127) / 128
@@ -123,13 +215,17 @@ def photos() -> tuple[np.ndarray, np.ndarray]:
     """
     from PIL import Image
 
-    folder = _pretrained.package_folder("foolbox", "foolbox==3.3.4") / "data"
-    files = sorted(folder.glob("imagenet_*_*.jpg"))
-    if not files:
-        raise DataUnavailable(f"{folder} has no photos imagenet_*.jpg; foolbox 3.3.4 ships them.")
-    images = []
+    files, images = _files(), []
     for file in files:
         with Image.open(file) as image:
             images.append(view(image))
     labels = np.array([int(file.stem.split("_")[2]) for file in files], np.int32)
     return np.stack(images), labels
+
+
+def _files() -> list[Path]:
+    folder = _pretrained.package_folder("foolbox", "foolbox==3.3.4") / "data"
+    files = sorted(folder.glob("imagenet_*_*.jpg"))
+    if not files:
+        raise DataUnavailable(f"{folder} has no photos imagenet_*.jpg; foolbox 3.3.4 ships them.")
+    return files

@@ -21,17 +21,28 @@ _STAGES = (
 class EfficientNetLite0(nn.Module):
     """EfficientNet without squeeze-and-excite and with ReLU6: 4.65 million parameters.
 
-    Images are (batch, height, width, 3). Batch statistics are in `batch_stats`.
+    Images are (batch, height, width, 3). Batch statistics are in `batch_stats`. With batch norms
+    folded it runs as `EfficientNetLite0(folded=True)`, whose convolutions have biases; `limits`
+    then holds where each channel's ReLU6 cuts off, which is 6 until channels are scaled.
     """
 
     num_classes: int = 1000
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Map images to logits."""
 
         def norm(x: Array, name: str) -> Array:
+            if self.folded:
+                return x
             return nn.BatchNorm(not train, momentum=0.99, epsilon=1e-3, name=name)(x)
+
+        def relu6(x: Array, name: str) -> Array:
+            if not self.folded:
+                return nn.relu6(x)
+            limits = self.variable("limits", f"{name}_limit", jnp.full, x.shape[-1:], 6.0)
+            return jnp.clip(x, 0, limits.value[None, None, None])
 
         def conv(x: Array, features: int, size: int, stride: int, groups: int, name: str) -> Array:
             return nn.Conv(
@@ -39,25 +50,25 @@ class EfficientNetLite0(nn.Module):
                 (size, size),
                 (stride, stride),
                 feature_group_count=groups,
-                use_bias=False,
+                use_bias=self.folded,
                 name=name,
             )(x)
 
-        x = nn.relu6(norm(conv(x, 32, 3, 2, 1, "stem"), "stem_norm"))
+        x = relu6(norm(conv(x, 32, 3, 2, 1, "stem"), "stem_norm"), "stem")
         number = 0
         for size, stride, expansion, features, repeats in _STAGES:
             for repeat in range(repeats):
                 name, inputs, y = f"block{number}", x.shape[-1], x
                 if expansion > 1:
                     y = conv(y, expansion * inputs, 1, 1, 1, f"{name}_expand")
-                    y = nn.relu6(norm(y, f"{name}_expand_norm"))
+                    y = relu6(norm(y, f"{name}_expand_norm"), f"{name}_expand")
                 step, width = (stride if repeat == 0 else 1), y.shape[-1]
                 y = conv(y, width, size, step, width, f"{name}_depthwise")
-                y = nn.relu6(norm(y, f"{name}_depthwise_norm"))
+                y = relu6(norm(y, f"{name}_depthwise_norm"), f"{name}_depthwise")
                 y = norm(conv(y, features, 1, 1, 1, f"{name}_project"), f"{name}_project_norm")
                 x = x + y if step == 1 and inputs == features else y
                 number += 1
-        x = nn.relu6(norm(conv(x, 1280, 1, 1, 1, "head"), "head_norm"))
+        x = relu6(norm(conv(x, 1280, 1, 1, 1, "head"), "head_norm"), "head")
         return nn.Dense(self.num_classes, name="classifier")(x.mean((1, 2)))
 
 

@@ -17,6 +17,7 @@ methods see. Finished rows are kept: a killed run goes on where it was.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ class Settings:
     dataset: str = "rotten_tomatoes"
     seeds: tuple[int, ...] = (0, 1, 2)
     bits: tuple[int, ...] = (8, 4, 3)
-    group: int = 64
+    group: int = 64  # of inputs, or the largest that divides 64 and the widths
     length: int = 64  # tokens of a sentence
     calibration: int = 256  # sentences
     calibration_length: int = 24  # tokens of each
@@ -92,6 +93,7 @@ class Run:
             return model.apply({"params": params}, ids)  # pyright: ignore[reportReturnType]
 
         self.embed, self.encode = embed, encode
+        self.group = math.gcd(settings.group, model.width, model.hidden)
         self.whole = self.embeddings(self.bert.params)
 
     def embeddings(self, params: Tree) -> dict[str, Array]:
@@ -180,7 +182,7 @@ def measure(run: Run, seed: int, first: bool) -> list[dict[str, Any]]:
         chosen = _weight_only.METHODS[method]
         if chosen is not None and not statistics:
             statistics.update(run.statistics(seed))
-        how = _weight_only.spec(bits, run.settings.group)
+        how = _weight_only.spec(bits, run.group)
         return _weight_only.quantized(run.bert.params, statistics, how, chosen, KERNELS, TABLES)
 
     if first:
@@ -251,7 +253,7 @@ def run(
     texts = _text.load_texts_or_exit(settings.dataset, console.print)
     if head is not None:
         settings = dataclasses.replace(
-            settings, bits=(4,), calibration=16, calibration_length=8, length=24
+            settings, bits=(4,), calibration=16, calibration_length=7, length=12
         )
         texts = _data.head(texts, head // 8)
     try:
@@ -268,7 +270,7 @@ def run(
         "tag": tag,
         "data": _data.about(texts),
         "settings": dataclasses.asdict(settings),
-        "figures": {"rows": rows, "left_in_floats": floats_left(each.bert.params, settings.group)},
+        "figures": {"rows": rows, "left_in_floats": floats_left(each.bert.params, each.group)},
         "targets": targets,
     }
 

@@ -8,74 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models
 
 from experiments import _bert, _pretrained
 from experiments._data import DataUnavailable
 from jopt import layers, prune, quant
-from tests import oracles_bert
+from tests import oracles_bert, tiny_bert
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] a small sentence is another one here ? ##s".split()
 SENTENCES = ["A small sentence", "Here is another one, unknown?", "sentences"]
-SIZES = {
-    "vocab_size": len(WORDS),
-    "max_position_embeddings": 12,
-    "type_vocab_size": 2,
-    "num_hidden_layers": 2,
-    "hidden_size": 8,
-    "num_attention_heads": 2,
-    "intermediate_size": 20,
-}
-CONFIG = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": 1e-12, **SIZES}
-
-
-def _shapes():
-    """Name the tensors of a BertModel, with PyTorch's shapes."""
-    width, hidden = SIZES["hidden_size"], SIZES["intermediate_size"]
-    shapes = {
-        "embeddings.word_embeddings.weight": (len(WORDS), width),
-        "embeddings.position_embeddings.weight": (12, width),
-        "embeddings.token_type_embeddings.weight": (2, width),
-    }
-    dense, norms = {"pooler.dense": (width, width)}, ["embeddings.LayerNorm"]
-    for number in range(SIZES["num_hidden_layers"]):
-        layer = f"encoder.layer.{number}"
-        for part in ("self.query", "self.key", "self.value", "output.dense"):
-            dense[f"{layer}.attention.{part}"] = (width, width)
-        dense[f"{layer}.intermediate.dense"] = (hidden, width)
-        dense[f"{layer}.output.dense"] = (width, hidden)
-        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
-    for name, shape in dense.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes | {f"{name}.{leaf}": (width,) for name in norms for leaf in ("weight", "bias")}
-
-
-def _tensors() -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in _shapes().items()}
-
-
-def _write(folder, tensors, **changes):
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
-    splitter = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    splitter.normalizer = normalizers.BertNormalizer()
-    splitter.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    splitter.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    splitter.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return _write(tmp_path / "bert", _tensors())
+    return tiny_bert.write(tmp_path / "bert", tiny_bert.tensors())
 
 
 def _hidden(found, tokens):
@@ -96,12 +42,12 @@ def _agrees(found, tensors, sentences, heads, epsilon, tolerance):
 
 def test_a_checkpoint_computes_what_float64_does(tmp_path):
     epsilon = 0.1  # so large that it matters; all-MiniLM has the usual one
-    folder = _write(tmp_path / "bert", _tensors(), layer_norm_eps=epsilon)
+    folder = tiny_bert.write(tmp_path / "bert", tiny_bert.tensors(), layer_norm_eps=epsilon)
     found = _bert.load(folder, length=12)
     assert found.unused == ("pooler.dense.bias", "pooler.dense.weight")
-    _agrees(found, _tensors(), SENTENCES, 2, epsilon, 1e-5)
+    _agrees(found, tiny_bert.tensors(), SENTENCES, 2, epsilon, 1e-5)
     pairs = list(zip(SENTENCES, SENTENCES[::-1], strict=True))
-    _agrees(found, _tensors(), pairs, 2, epsilon, 1e-5)
+    _agrees(found, tiny_bert.tensors(), pairs, 2, epsilon, 1e-5)
 
 
 def test_sentences_are_split_cut_and_filled_up(folder):
@@ -145,13 +91,13 @@ def test_names_and_dtypes_of_other_checkpoints_are_known(tmp_path, folder):
     expected = _bert.load(folder).params
     old: dict[str, Any] = {
         f"bert.{name}".replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): each
-        for name, each in _tensors().items()
+        for name, each in tiny_bert.tensors().items()
     }
     old["bert.embeddings.position_ids"] = np.arange(12)[None]
-    found = _bert.load(_write(tmp_path / "old", old))
+    found = _bert.load(tiny_bert.write(tmp_path / "old", old))
     jax.tree.map(np.testing.assert_array_equal, found.params, expected)
-    half = {name: tensor.astype(np.float16) for name, tensor in _tensors().items()}
-    found = _bert.load(_write(tmp_path / "half", half))
+    half = {name: tensor.astype(np.float16) for name, tensor in tiny_bert.tensors().items()}
+    found = _bert.load(tiny_bert.write(tmp_path / "half", half))
     assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {jnp.dtype("float32")}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found.params, expected)
 
@@ -162,12 +108,12 @@ def test_a_file_is_as_good_as_its_folder(folder):
 
 
 def test_all_tensors_that_do_not_fit_are_named(tmp_path):
-    tensors = _tensors()
+    tensors = tiny_bert.tensors()
     del tensors["encoder.layer.1.output.dense.bias"]
     tensors["classifier.weight"] = np.ones((2, 8), np.float32)
     tensors["encoder.layer.0.intermediate.dense.weight"] = np.ones((8, 20), np.float32)
     tensors["encoder.layer.0.intermediate.dense.bias"] = np.ones(20, np.int32)
-    folder = _write(tmp_path / "bad", tensors)
+    folder = tiny_bert.write(tmp_path / "bad", tensors)
     with pytest.raises(ValueError) as error:
         _bert.load(folder, unused="")
     for words in (
@@ -184,9 +130,9 @@ def test_all_tensors_that_do_not_fit_are_named(tmp_path):
 
 
 def test_positions_that_do_not_count_up_are_refused(tmp_path):
-    tensors = _tensors() | {"embeddings.position_ids": np.arange(12)[::-1].copy()}
+    tensors = tiny_bert.tensors() | {"embeddings.position_ids": np.arange(12)[::-1].copy()}
     with pytest.raises(ValueError, match="embeddings.position_ids does not count up from 0"):
-        _bert.load(_write(tmp_path / "bad", tensors))
+        _bert.load(tiny_bert.write(tmp_path / "bad", tensors))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +148,7 @@ def test_positions_that_do_not_count_up_are_refused(tmp_path):
 )
 def test_configurations_of_other_networks_are_refused(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
-        _bert.load(_write(tmp_path / "bert", _tensors(), **changes))
+        _bert.load(tiny_bert.write(tmp_path / "bert", tiny_bert.tensors(), **changes))
 
 
 def test_a_configuration_without_sizes_is_refused(folder):
@@ -237,10 +183,10 @@ def test_lengths_without_room_for_words_are_refused(folder):
 
 
 def test_a_tensor_under_two_names_is_refused(tmp_path):
-    tensors = _tensors()
+    tensors = tiny_bert.tensors()
     tensors["embeddings.LayerNorm.gamma"] = tensors["embeddings.LayerNorm.weight"] + 1
     with pytest.raises(ValueError, match="it holds embeddings.LayerNorm.weight twice"):
-        _bert.load(_write(tmp_path / "bert", tensors))
+        _bert.load(tiny_bert.write(tmp_path / "bert", tensors))
 
 
 def test_more_tokens_than_positions_are_refused(folder):
@@ -258,7 +204,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
 
 
 def test_a_classifier_keeps_the_encoder_and_drops_out_in_training_only(folder):
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 1}))
+    (folder / "config.json").write_text(json.dumps(tiny_bert.CONFIG | {"num_hidden_layers": 1}))
     left_out = rf"{_bert.POOLER}|encoder\.layer\.1\..*"
     found = _bert.load(folder, length=12, unused=left_out, dropout=0.5)
     assert "encoder.layer.1.output.dense.bias" in found.unused
@@ -269,7 +215,7 @@ def test_a_classifier_keeps_the_encoder_and_drops_out_in_training_only(folder):
     fresh = jax.eval_shape(model.init, jax.random.key(0), *tokens)["params"]
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
     calm: Any = jax.jit(model.apply)({"params": params}, *tokens)
-    first = {name: each for name, each in _tensors().items() if "layer.1" not in name}
+    first = {name: each for name, each in tiny_bert.tensors().items() if "layer.1" not in name}
     for mean, ids, real, kinds in zip(calm.embedding, *tokens, strict=True):
         exact = oracles_bert.hidden_states(first, ids[real], kinds[real], 2, 1e-12)
         np.testing.assert_allclose(mean, exact.mean(0), atol=1e-5)

