@@ -23,10 +23,10 @@ from experiments import (
     _decoder,
     _language_network,
     _language_report,
+    _post_training,
     _results,
-    _weight_only,
 )
-from jopt import layers, prune
+from jopt import layers
 
 Tree = Any
 KERNELS = "layer.*/kernel"
@@ -44,41 +44,14 @@ class Settings:
     continuation: int = 48
 
 
-Pattern = float | tuple[int, int]
-PATTERNS: dict[str, Pattern] = {"50 %": 0.5, "2:4": (2, 4)}
-
-
-def by_scores(params: Tree, scores: Tree, pattern: Pattern, each_output: bool) -> Tree:
-    """Prune kernels by scores: within each kernel, or within each output of it, or n of m."""
-    if isinstance(pattern, tuple):
-        masks, _ = prune.n_m_masks(scores, *pattern, where=KERNELS)
-    elif each_output:
-        masks = prune.output_topk_masks(scores, pattern, KERNELS)
-    else:
-        masks = prune.topk_masks(scores, pattern, KERNELS)
-    return prune.apply_masks(params, masks)
-
-
-def pruned(
-    params: Tree, statistics: _weight_only.Statistics, pattern: Pattern, criterion: str
-) -> Tree:
-    """Prune kernels by a criterion, without training."""
-    if criterion == "magnitude":
-        return by_scores(params, prune.magnitude_scores(params), pattern, False)
-    if criterion == "Wanda":
-        scores, _ = prune.wanda_scores(params, statistics, KERNELS)
-        return by_scores(params, scores, pattern, True)
-    return prune.prune_calibrated_params(params, statistics, pattern, where=KERNELS)[0]
-
-
-CRITERIA = ("magnitude", "Wanda", "SparseGPT")
+PATTERNS: dict[str, _post_training.Pattern] = {"50 %": 0.5, "2:4": (2, 4)}
 
 
 def _quantized(
-    params: Tree, statistics: _weight_only.Statistics, bits: int, settings: Settings, method: Any
+    params: Tree, statistics: _post_training.Statistics, bits: int, settings: Settings, method: Any
 ) -> tuple[Tree, list[str]]:
-    how = _weight_only.spec(bits, settings.group)
-    return _weight_only.quantized(params, statistics, how, method, KERNELS, TABLE)
+    how = _post_training.spec(bits, settings.group)
+    return _post_training.quantized(params, statistics, how, method, KERNELS, TABLE)
 
 
 def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[dict[str, Any]]:
@@ -88,9 +61,9 @@ def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[d
     shape = run.settings.teacher
     params = run.teacher(seed)
     module = run.module(shape)
-    statistics: _weight_only.Statistics = {}
+    statistics: _post_training.Statistics = {}
 
-    def known() -> _weight_only.Statistics:
+    def known() -> _post_training.Statistics:
         if not statistics:
             rows = run.pool.images[: settings.windows, :-1]
             batches = [rows[at : at + 16] for at in range(0, len(rows), 16)]
@@ -120,16 +93,16 @@ def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[d
 
     row("float", "32 bits", "", lambda: (params, {"not_improved": 0}))
     for bits in settings.bits:
-        for name, method in _weight_only.METHODS.items():
+        for name, method in _post_training.METHODS.items():
             row("quantized", f"{bits} bits", name, partial(by_method, bits, method))
     for form, pattern in PATTERNS.items():
-        for criterion in CRITERIA:
+        for criterion in _post_training.CRITERIA:
             row(
                 "pruned",
                 form,
                 criterion,
                 lambda pattern=pattern, criterion=criterion: (
-                    pruned(params, known(), pattern, criterion),
+                    _post_training.pruned(params, known(), pattern, criterion, KERNELS),
                     {"not_improved": 0},
                 ),
             )

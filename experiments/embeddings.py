@@ -37,10 +37,10 @@ from experiments import (
     _data,
     _embeddings_report,
     _parts,
+    _post_training,
     _results,
     _sentences,
     _text,
-    _weight_only,
 )
 from jopt import layers
 
@@ -104,7 +104,7 @@ class Run:
             for part, tokens in self.tokens.items()
         }
 
-    def statistics(self, seed: int) -> _weight_only.Statistics:
+    def statistics(self, seed: int) -> _post_training.Statistics:
         """Return what calibration gathers from training sentences, drawn by a seed."""
         settings, sentences = self.settings, self.texts.train[0]
         order = np.random.default_rng(seed).permutation(len(sentences))
@@ -179,16 +179,16 @@ def measure(run: Run, seed: int, first: bool) -> list[dict[str, Any]]:
             _results.write_atomically(file, json.dumps(done).encode())
 
     def quantized(bits: int, method: str) -> tuple[Tree, list[str]]:
-        chosen = _weight_only.METHODS[method]
+        chosen = _post_training.METHODS[method]
         if chosen is not None and not statistics:
             statistics.update(run.statistics(seed))
-        how = _weight_only.spec(bits, run.group)
-        return _weight_only.quantized(run.bert.params, statistics, how, chosen, KERNELS, TABLES)
+        how = _post_training.spec(bits, run.group)
+        return _post_training.quantized(run.bert.params, statistics, how, chosen, KERNELS, TABLES)
 
     if first:
         row("float", "", lambda: (run.bert.params, []))
     for bits in run.settings.bits:
-        for method, chosen in _weight_only.METHODS.items():
+        for method, chosen in _post_training.METHODS.items():
             if first or chosen is not None:
                 row(f"{bits} bits", method, partial(quantized, bits, method))
     return [done[key] for key in wanted]
@@ -228,7 +228,9 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def floats_left(params: Tree, group: int) -> dict[str, int]:
     """Count the weights that no row quantizes, by kind of leaf."""
-    tree, _ = _weight_only.quantized(params, {}, _weight_only.spec(8, group), None, KERNELS, TABLES)
+    tree, _ = _post_training.quantized(
+        params, {}, _post_training.spec(8, group), None, KERNELS, TABLES
+    )
     found: dict[str, int] = {}
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=jopt.is_compressed)
     for keys, leaf in pairs:

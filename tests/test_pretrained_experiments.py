@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jopt
+
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 
@@ -14,10 +16,12 @@ from experiments import (
     _bert,
     _data,
     _efficientnet,
+    _post_training,
     _sentences,
-    _weight_only,
+    _sentiment_after,
     embeddings,
     imagenet_net,
+    sentiment,
 )
 from experiments._networks import EfficientNetLite0
 from jopt import layers, quant
@@ -90,8 +94,8 @@ def test_neighbours_that_stay_are_counted():
 def test_embeddings_of_a_checkpoint_on_disk_are_compared(folder, capsys, monkeypatch):
     tiny_tfds.write_text(folder / "tfds", "tiny_text")
     checkpoint = tiny_bert.write(folder / "bert", tiny_bert.tensors(), WORDS)
-    methods = {name: _weight_only.METHODS[name] for name in ("RTN", "GPTQ")}  # the quick ones
-    monkeypatch.setattr(_weight_only, "METHODS", methods)
+    methods = {name: _post_training.METHODS[name] for name in ("RTN", "GPTQ")}  # the quick ones
+    monkeypatch.setattr(_post_training, "METHODS", methods)
     arguments = ["--smoke", "--dataset", "tiny_text", "--out", str(folder / "out")]
     embeddings.main([*arguments, "--checkpoint", str(checkpoint)])
     (file,) = (folder / "out").glob("*.json")
@@ -108,6 +112,64 @@ def test_embeddings_of_a_checkpoint_on_disk_are_compared(folder, capsys, monkeyp
     with pytest.raises(SystemExit, match="model.safetensors is not there"):
         embeddings.main([*arguments, "--checkpoint", str(folder / "out")])
     assert "nearest neighbours that stay" in " ".join(capsys.readouterr().out.split())
+
+
+def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypatch):
+    tiny_tfds.write_text(folder / "tfds", "tiny_text", train=400)
+    checkpoint = tiny_bert.write(folder / "bert", tiny_bert.tensors(), WORDS)
+    monkeypatch.setattr(
+        _post_training, "METHODS", {"RTN": None, "GPTQ": _post_training.METHODS["GPTQ"]}
+    )
+    monkeypatch.setattr(_sentiment_after, "BITS", (4,))
+    monkeypatch.setattr(_sentiment_after, "PATTERNS", {"2:4": (2, 4)})
+    arguments = ["--smoke", "--dataset", "tiny_text", "--checkpoint", str(checkpoint)]
+    sentiment.main([*arguments, "--out", str(folder / "out")])
+    (file,) = (folder / "out").glob("*.json")
+    figures = json.loads(file.read_text())["figures"]["after"]
+    rows = {(row["form"], row["method"]): row for row in figures["rows"]}
+    assert list(rows) == [
+        ("32 bits", ""),
+        ("W4", "RTN"),
+        ("W4", "GPTQ"),
+        ("W8A8", "a range for each token"),
+        ("W8A8", "one range"),
+        ("W8A8", "SmoothQuant"),
+        ("2:4", "magnitude"),
+        ("2:4", "Wanda"),
+        ("2:4", "SparseGPT"),
+    ]
+    whole = rows["32 bits", ""]
+    for name in ("a range for each token", "one range", "SmoothQuant"):
+        row = rows["W8A8", name]
+        assert abs(row["mean_test"] - whole["mean_test"]) <= 0.1
+        assert row["bytes"][0] < whole["bytes"][0]
+    assert set(figures["latency_ms"]) == {"1", "64"}
+
+
+def test_rounded_inputs_are_those_of_smoothed_kernels():
+    rng = np.random.default_rng(0)
+    params = {"encoder": {"layer0": {"kernel": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)}}}
+    x = jnp.asarray(rng.normal(size=(32, 6)) * [1, 1, 1, 40, 1, 1], jnp.float32)
+
+    def apply(params, x):
+        return x @ params["encoder"]["layer0"]["kernel"]
+
+    statistics = layers.calibrate(apply, params, [x])
+    tree, extras = _sentiment_after.smoothed(params, statistics)
+    (path,) = extras
+    factor, top = extras[path]
+    static, restored = _sentiment_after.static_inputs(apply), jopt.materialize(tree)
+    leaf = tree["encoder"]["layer0"]["kernel"]
+    smooth = quant.smoothed_inputs(x, leaf)
+    np.testing.assert_allclose(top, jnp.abs(smooth).max(), rtol=1e-6)
+    rounded = quant.fake_quantize_within(smooth, -top, top, _sentiment_after.INPUTS)
+    expected = rounded @ jopt.materialize(leaf.tensor)
+    np.testing.assert_allclose(static(restored, extras, x), expected, rtol=1e-4, atol=1e-4)
+    plain = {path: (jnp.ones_like(factor), jnp.abs(x).max())}
+    exact = apply(params, x)
+    errors = [jnp.abs(static(restored, each, x) - exact).max() for each in (extras, plain)]
+    assert errors[0] < errors[1] / 2
+    np.testing.assert_allclose(static(restored, {}, x), apply(restored, x), rtol=1e-6)
 
 
 def _disturbed(shapes):
@@ -133,7 +195,9 @@ def test_efficientnet_folded_and_equalized_is_the_same_function():
     scale = float(jnp.abs(expected).max())
     np.testing.assert_allclose(apply(tree, images), expected, rtol=0, atol=1e-4 * scale)
     kernel = tree["params"]["block1_depthwise"]["kernel"]
-    uneven = 30.0 ** jnp.linspace(-1, 1, kernel.shape[-1])[None, None, None]  # what folding leaves in real networks
+    uneven = (
+        30.0 ** jnp.linspace(-1, 1, kernel.shape[-1])[None, None, None]
+    )  # what folding leaves in real networks
     tree["params"]["block1_depthwise"]["kernel"] = kernel * uneven
     expected = apply(tree, images)
     even = _efficientnet.equalize(tree, steps=4)
@@ -173,6 +237,10 @@ def test_rows_of_the_imagenet_experiment_are_named_apart():
 def test_experiments_without_their_packages_say_what_to_install(monkeypatch, folder):
     tiny_tfds.write_text(folder / "tfds", "tiny_text")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for module, arguments in ((embeddings, ["--dataset", "tiny_text"]), (imagenet_net, [])):
+    for module, arguments in (
+        (embeddings, ["--dataset", "tiny_text"]),
+        (sentiment, ["--dataset", "tiny_text"]),
+        (imagenet_net, []),
+    ):
         with pytest.raises(SystemExit, match="pip install --no-deps"):
             module.main(["--smoke", "--out", str(folder / "out"), *arguments])

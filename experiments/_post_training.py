@@ -1,8 +1,8 @@
-"""Weights in few bits after training: the methods that the language experiments compare."""
+"""After training: the methods of quantization and pruning that the language experiments compare."""
 
 from typing import Any
 
-from jopt import layers, quant
+from jopt import layers, prune, quant
 
 Tree = Any
 Statistics = dict[str, layers.InputStatistics]
@@ -52,3 +52,32 @@ def quantized(
         if isinstance(entry, str) or not bool(entry.improved.all())
     ]
     return params, lost
+
+
+Pattern = float | tuple[int, int]
+CRITERIA = ("magnitude", "Wanda", "SparseGPT")
+
+
+def pruned(
+    params: Tree, statistics: Statistics, pattern: Pattern, criterion: str, kernels: str
+) -> Tree:
+    """Prune kernels without training.
+
+    Args:
+      params: of a trained network.
+      statistics: of the inputs of its layers; magnitude needs none.
+      pattern: the fraction of every kernel that goes, or how many of how many stay.
+      criterion: one of `CRITERIA`: magnitude competes within a kernel, Wanda within each output.
+      kernels: a regular expression for their paths.
+    """
+    if criterion == "SparseGPT":
+        return prune.prune_calibrated_params(params, statistics, pattern, where=kernels)[0]
+    if criterion == "magnitude":
+        scores, topk = prune.magnitude_scores(params), prune.topk_masks
+    else:
+        scores, topk = prune.wanda_scores(params, statistics, kernels)[0], prune.output_topk_masks
+    if isinstance(pattern, tuple):
+        masks, _ = prune.n_m_masks(scores, *pattern, where=kernels)
+    else:
+        masks = topk(scores, pattern, kernels)
+    return prune.apply_masks(params, masks)

@@ -1,0 +1,95 @@
+"""MiniLM, fine-tuned to tell good sentences from bad ones, made smaller.
+
+    python -m experiments.sentiment                          # three seeds
+    python -m experiments.sentiment --checkpoint DIR         # another BERT, as Hugging Face has it
+    python -m experiments.sentiment --smoke                  # a trial in a minute
+
+Part `after` quantizes and prunes it after training: `experiments._sentiment_after`. All networks
+are scored as their files give them back. Choices are made on validation sentences; the test
+sentences, of other films, are looked at once. Finished trainings and rows are kept: a killed run
+goes on where it was.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments import (
+    _bert,
+    _data,
+    _parts,
+    _results,
+    _sentiment_after,
+    _sentiment_network,
+    _sentiment_report,
+    _text,
+)
+
+
+def start(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    console: Console,
+    checkpoint: Path | None,
+) -> tuple[_sentiment_network.Run, str]:
+    """Load what all parts share, whose networks lie in one folder; also return the results' tag."""
+    settings = _sentiment_network.Settings(dataset=dataset or "rotten_tomatoes", seeds=seeds)
+    texts = _text.load_texts_or_exit(settings.dataset, console.print)
+    if head is not None:
+        settings = dataclasses.replace(
+            settings, length=12, batch=16, epochs=1, calibration=16, calibration_length=7
+        )
+        texts = _data.head(texts, head // 8)
+    shared = work.with_name("networks" + ("-smoke" if head is not None else ""))
+    try:
+        folder = checkpoint or _bert.minilm_folder()
+        run = _sentiment_network.Run(settings, texts, folder, shared, console.print)
+    except (_data.DataUnavailable, ValueError) as problem:
+        raise SystemExit(str(problem)) from None
+    tag = "" if texts.tag == "rotten_tomatoes" and checkpoint is None else texts.tag
+    return run, tag if checkpoint is None else f"{tag}-{checkpoint.stem}"
+
+
+def after(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    plot: Callable[[str], Path],
+    console: Console,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Run or resume the part; returns its tag, data, settings, figures and targets."""
+    del plot
+    run, tag = start(dataset, head, seeds, work, console, checkpoint)
+    by_seed = [_sentiment_after.measure(run, seed, 3 if head else 20) for seed in seeds]
+    same = ("kind", "form", "method")
+    rows = _results.join_seeds(by_seed, same, _sentiment_after.LISTED)
+    targets = [] if tag else _sentiment_after.targets_of(rows)
+    _sentiment_report.table(rows, targets, console)
+    return {
+        "tag": tag,
+        "data": _data.about(run.texts),
+        "settings": dataclasses.asdict(run.settings),
+        "figures": {"rows": rows, "latency_ms": by_seed[0][0]["latency_ms"]},
+        "targets": targets,
+    }
+
+
+PARTS: dict[str, _parts.Part] = {"after": after}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    words = "another TFDS set of sentences than rotten_tomatoes, such as imdb_reviews"
+    checkpoint = "folder of a BERT in Hugging Face's layout, instead of MiniLM"
+    _parts.main("sentiment", PARTS, words, arguments, {"checkpoint": checkpoint})
+
+
+if __name__ == "__main__":
+    main()
