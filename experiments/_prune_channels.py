@@ -59,8 +59,8 @@ class Settings:
     batch: int = 64
     fewer: float = 4.2  # multiply-adds, times
     multiple: int = 8  # of units
-    trial_epochs: int = 6  # of every criterion
-    epochs: int = 40  # of the chosen one
+    trial_epochs: int = 4  # of every criterion
+    epochs: int = 30  # of the chosen one
     copies: int = 8
     max_shift: int = 1
     rate: float = 3e-3

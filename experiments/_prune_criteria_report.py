@@ -73,7 +73,7 @@ def table(rows: dict[str, list[Row]], targets: list[dict[str, Any]], console: Co
         seeds = len(dense["test"])
         console.print(
             f"{TITLES[network]}: test accuracy, %; dense {100 * dense['mean_test']:.2f}"
-            + (f"; mean of {seeds} seeds ± half their spread" if seeds > 1 else "; one seed")
+            + (f"; mean of {seeds} seeds" if seeds > 1 else "; one seed")
         )
         found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         found.add_column("criterion", no_wrap=True)
@@ -87,11 +87,18 @@ def table(rows: dict[str, list[Row]], targets: list[dict[str, Any]], console: Co
             last = how
             cells = [
                 f"{100 * row['mean_test']:.2f}"
-                + (f" ±{50 * row['spread_test']:.1f}" if seeds > 1 else "")
                 for row in own
                 if (row["how"], row["criterion"]) == (how, criterion)
             ]
             found.add_row(f" {criterion}", *cells)
+        if seeds > 1:
+            halves = [
+                np.median([50 * row["spread_test"] for row in own[1:] if row["level"] == level])
+                for level in levels
+            ]
+            found.add_section()
+            found.add_row("half the seeds' spread,", *[""] * len(levels))
+            found.add_row("median of the rows", *[f"±{half:.2f}" for half in halves])
         console.print(found)
     missed = [each for each in targets if not each["met"]]
     if targets:
