@@ -10,10 +10,12 @@ folded network is timed against the dense one of its seed.
 
 Every criterion gets a short fine-tuning; the one that loses least on validation images gets a long
 one (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", 2022,
-https://arxiv.org/abs/2106.05237).
+https://arxiv.org/abs/2106.05237), and after it some epochs on images that are not shifted, as the
+tested ones are not: a small network does not do well on both.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -61,6 +63,8 @@ class Settings:
     multiple: int = 8  # of units
     trial_epochs: int = 4  # of every criterion
     epochs: int = 30  # of the chosen one
+    settling: int = 15  # further epochs of that, on images as they are and mirrored
+    settling_rate: float = 1e-3
     copies: int = 8
     max_shift: int = 1
     rate: float = 3e-3
@@ -130,7 +134,10 @@ class Run:
             self.dense.validation,
             self.dense.test,
         )
-        about = [jopt.__version__, dataclasses.asdict(settings), data.source]
+        about = dataclasses.asdict(settings)
+        for later in ("settling", "settling_rate"):  # which the names of their files say
+            about.pop(later)
+        about = [jopt.__version__, about, data.source]
         self.work = work / _checkpoint.digest(about)
 
     def examples(self) -> tuple[Array, Array]:
@@ -167,7 +174,18 @@ class Run:
     @cached_property
     def pool(self) -> _distill_training.Pool:
         """Return copies of the training images, with what all dense networks say of them."""
-        pool = _distill_training.make_pool(self.data, self.settings.copies, self.settings.max_shift)
+        return self._asked(
+            _distill_training.make_pool(self.data, self.settings.copies, self.settings.max_shift)
+        )
+
+    @cached_property
+    def settled_pool(self) -> _distill_training.Pool:
+        """Return the training images as they are and mirrored, likewise."""
+        images, labels = self.train
+        both = jnp.concatenate([images, images[:, :, ::-1]])
+        return self._asked(_distill_training.Pool(both, jnp.tile(labels, 2), len(images)))
+
+    def _asked(self, pool: _distill_training.Pool) -> _distill_training.Pool:
         dense = distill.stack_params([scored.params for _, scored in self.networks.values()])
         temperature = self.settings.temperature
 
@@ -179,7 +197,9 @@ class Run:
         logits = _train.in_parts(partial(ask, dense), pool.images, 500)
         return dataclasses.replace(pool, teacher=logits)
 
-    def tune(self, criterion: str, shrunk: prune.Shrunk, seed: int, epochs: int) -> Tree:
+    def tune(
+        self, criterion: str, shrunk: prune.Shrunk, seed: int, epochs: int, settling: int
+    ) -> Tree:
         """Fine-tune the small network with the dense ones as its teachers."""
         settings = self.settings
 
@@ -195,7 +215,13 @@ class Run:
 
         fit = _distill_training.Fit(settings.batch, epochs, settings.rate, settings.weight_decay)
         file = self.work / f"{criterion.replace(' ', '-')}-{seed}-{epochs}.ckpt"
-        return fit.run(loss, shrunk.params, self.pool, seed, file, self.say)
+        tuned = fit.run(loss, shrunk.params, self.pool, seed, file, self.say)
+        if not settling:
+            return tuned
+        rate = settings.settling_rate
+        fit = dataclasses.replace(fit, epochs=settling, rate=rate)
+        file = file.with_name(f"{file.stem}-settled-{settling}-{rate:g}.ckpt")
+        return fit.run(loss, tuned, self.settled_pool, seed, file, self.say)
 
     def averages(self, params: Tree, shrunk: prune.Shrunk, small: Tree) -> Tree:
         """Take the batch norms' averages of the small network anew."""
@@ -257,13 +283,15 @@ def dense_network(run: Run, seed: int) -> tuple[Tree, Scored]:
     return params, scored(run, CONVOLUTIONS, folded)
 
 
-def measure(run: Run, criterion: str, seed: int, epochs: int) -> tuple[dict[str, Any], Scored]:
+def measure(
+    run: Run, criterion: str, seed: int, epochs: int, settling: int = 0
+) -> tuple[dict[str, Any], Scored]:
     """Prune, tune, fold and score one network; returns its row, and the network."""
     params, dense = run.networks[seed]
     masks = run.masks(params, criterion)
     images, _ = run.examples()
     shrunk = prune.shrink(_cnn.training_logits, params, masks, images[:64], tolerance=1e-3)
-    small = run.tune(criterion, shrunk, seed, epochs)
+    small = run.tune(criterion, shrunk, seed, epochs, settling)
     small = _cnn.fold(small, run.averages(params, shrunk, small))
     applies = {
         name: prune.shrunk_apply(apply, dense.params, shrunk.units)
@@ -273,7 +301,7 @@ def measure(run: Run, criterion: str, seed: int, epochs: int) -> tuple[dict[str,
     both = (dense, found)
     row = {
         "criterion": criterion,
-        "epochs": epochs,
+        "epochs": epochs + settling,
         "seed": seed,
         "units": {name: f"{stays.sum()} of {len(stays)}" for name, stays in shrunk.units.items()},
         "parameters": [_compress.size(each.params) for each in both],
@@ -282,6 +310,16 @@ def measure(run: Run, criterion: str, seed: int, epochs: int) -> tuple[dict[str,
         "test": [each.test for each in both],
     }
     return row, found
+
+
+def trial(run: Run, criterion: str, seed: int) -> dict[str, Any]:
+    """Return the row of a short fine-tuning, which is read if it was made before."""
+    epochs = run.settings.trial_epochs
+    file = run.work / f"{criterion.replace(' ', '-')}-{seed}-{epochs}.json"
+    if not file.exists():
+        row, _ = measure(run, criterion, seed, epochs)
+        _results.write_atomically(file, json.dumps(row).encode())
+    return json.loads(file.read_text())
 
 
 def latencies(run: Run, dense: Scored, small: Scored) -> dict[str, dict[str, Any]]:
@@ -382,19 +420,16 @@ def run(
     criteria = list(CRITERIA)
     if head is not None:
         settings = dataclasses.replace(
-            settings, trial_epochs=1, epochs=1, repeats=3, batch=8, copies=2
+            settings, trial_epochs=1, epochs=1, settling=1, repeats=3, batch=8, copies=2
         )
         data, criteria = _data.head(data, head), criteria[1:2]
     each = Run(settings, data, work, console.print)
-    trials = [
-        measure(each, criterion, seed, settings.trial_epochs)[0]
-        for criterion in criteria
-        for seed in seeds
-    ]
+    trials = [trial(each, criterion, seed) for criterion in criteria for seed in seeds]
     found = joined(trials)
     name = min(found, key=lambda row: row["mean_validation_lost"])["criterion"]
     rows, networks = zip(
-        *(measure(each, name, seed, settings.epochs) for seed in seeds), strict=True
+        *(measure(each, name, seed, settings.epochs, settings.settling) for seed in seeds),
+        strict=True,
     )
     (best,) = joined(list(rows))
     latency = latencies(each, each.networks[seeds[0]][1], networks[0])

@@ -7,10 +7,6 @@ fine-tuned with the masks held as the learning rate falls. What matters is `w^2`
 mean of squared gradients (`prune.fisher`): magnitudes alone leave too few weights in the
 convolutions, whose every weight serves many pixels, no biases, and weights that lead nowhere.
 
-Long before the end most units of LeNet-5 have no weight left. Between two stages they are taken out
-(`prune.shrink`), so that an epoch of the later stages, which matter most, takes a quarter of the
-time; at the end zeros are put back.
-
 What is counted: everything. Biases are pruned in the same ranking as kernels, and the ratio is all
 parameters, kernels and biases, over those that are not zero in the file that reloads.
 """
@@ -46,54 +42,30 @@ ALL = ".*"  # biases are pruned too
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A part of a recipe; empty units are gone before it.
-
-    Attributes:
-      ratio: all parameters over those left at its end.
-      prune: epochs over which sparsity rises.
-      tune: epochs with the masks held, as the learning rate falls to a hundredth.
-      dense: epochs before pruning begins.
-      shifted: whether images are shifted. A network of so few weights does not learn images by
-        heart; what it spends on images that are shifted it lacks for those that are not.
-    """
-
-    ratio: float
-    prune: int
-    tune: int = 0
-    dense: int = 0
-    shifted: bool = True
-
-    @property
-    def epochs(self) -> int:
-        """Return how many epochs it takes."""
-        return self.dense + self.prune + self.tune
-
-
-@dataclasses.dataclass(frozen=True)
 class Recipe:
     """How one network is pruned.
 
     Attributes:
+      ratio: all parameters over those left.
       error: test error that is asked for.
-      stages: one after the other; LeNet-5 starts from the teacher, and is dense at once.
-      rate: Adam's learning rate.
+      dense: epochs before pruning begins; LeNet-5 starts from the teacher and needs none.
+      prune: epochs over which sparsity rises.
+      tune: epochs with the masks held.
+      rate: Adam's learning rate until then; it falls to a hundredth in fine-tuning.
       decay: weight decay of kernels, times the learning rate.
       power: of the schedule; 3 is Zhu and Gupta's, a higher one leaves more time for the end.
       temperature: of the teacher's answers.
     """
 
+    ratio: float
     error: float
-    stages: tuple[Stage, ...]
+    dense: int
+    prune: int
+    tune: int
     rate: float
     decay: float
     power: float
     temperature: float
-
-    @property
-    def ratio(self) -> float:
-        """Return all parameters over those left at the end."""
-        return self.stages[-1].ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,62 +81,42 @@ class Settings:
     recipes: dict[str, Recipe] = dataclasses.field(
         default_factory=lambda: {
             "lenet_300_100": Recipe(
-                0.0190, (Stage(68, 40, 20, 10),), 2e-3, decay=0.1, power=3, temperature=4
+                68, 0.0190, 10, 40, 20, 2e-3, decay=0.1, power=3, temperature=4
             ),
-            "lenet5": Recipe(
-                0.0080,
-                (Stage(100, 16), Stage(200, 24), Stage(280, 24), Stage(280, 0, 60, shifted=False)),
-                1e-2,
-                decay=1e-2,
-                power=4,
-                temperature=2,
-            ),
+            "lenet5": Recipe(280, 0.0080, 0, 40, 40, 1e-2, decay=1e-2, power=4, temperature=2),
         }
     )
 
 
-def pruning(
-    recipe: Recipe, stage: Stage, total: int, masks: Tree, epoch: int, every: int
-) -> optax.GradientTransformation:
+def pruning(recipe: Recipe, total: int, epoch: int, every: int) -> optax.GradientTransformation:
     """Return the optimizer that trains, prunes to exactly `total // ratio` weights, and tunes.
 
     Args:
       recipe: what to do.
-      stage: which part of it.
-      total: parameters of the network that it began with.
-      masks: what is left of it now.
+      total: parameters of the network.
       epoch: updates in an epoch.
       every: updates between two prunings.
     """
-    begin, rising, tuning = (n * epoch for n in (stage.dense, stage.prune, stage.tune))
-    size, left = _compress.size(masks), _compress.nonzero(masks)
-    now, end = 1 - left / size, 1 - (total // stage.ratio) / size
-    level = optax.constant_schedule(end)
-    if rising:
-        level = optax.polynomial_schedule(now, end, recipe.power, rising, begin)
+    begin, rising, tuning = (n * epoch for n in (recipe.dense, recipe.prune, recipe.tune))
+    level = optax.polynomial_schedule(
+        0.0, 1 - (total // recipe.ratio) / total, recipe.power, rising, begin
+    )
     warm = max(1, min(200, epoch // 2))
     rate = optax.join_schedules(
         [
             optax.linear_schedule(0.1 * recipe.rate, recipe.rate, warm),
             optax.constant_schedule(recipe.rate),
-            optax.cosine_decay_schedule(recipe.rate, max(tuning, 1), alpha=0.01),
+            optax.cosine_decay_schedule(recipe.rate, tuning, alpha=0.01),
         ],
-        [warm, max(begin + rising, warm)],
+        [warm, begin + rising],
     )
     rule = prune.gradual(
         level,
-        max(1, min(every, rising // 4)) if rising else every,
+        max(1, min(every, rising // 4)),
         prune.fisher(),
-        partial(_best_of, masks),
+        partial(prune.global_topk_masks, where=ALL),
     )
-    adam = optax.adamw(rate, weight_decay=recipe.decay, mask=_kernels)
-    return prune.sparse_training(optax.chain(adam, prune.keep_masked(masks)), rule)
-
-
-def _best_of(masks: Tree, scores: Tree, sparsity: Any) -> Tree:
-    """Keep the highest scores of all; what was gone before comes last."""
-    scores = jax.tree.map(lambda mask, score: jnp.where(mask, score, -jnp.inf), masks, scores)
-    return prune.global_topk_masks(scores, sparsity, ALL)
+    return prune.sparse_training(optax.adamw(rate, weight_decay=recipe.decay, mask=_kernels), rule)
 
 
 def _kernels(params: Tree) -> Tree:
@@ -196,32 +148,19 @@ class Run:
         """Take one network through its recipe."""
         recipe, settings = self.settings.recipes[name], self.settings
         _, apply = mnist_lenet.network(name, self.data.num_classes)
-        params = teacher if name == "lenet5" else self.compression.initial(name)
-        total, batch = _compress.size(params), min(settings.batch, pool.count)
+        start = teacher if name == "lenet5" else self.compression.initial(name)
+        epoch = pool.count // min(settings.batch, pool.count)
+        tx = pruning(recipe, _compress.size(start), epoch, settings.prune_every)
+        loss = _stages.distilled_loss(
+            apply, lambda params: params, recipe.temperature, settings.soft_weight
+        )
+        epochs = recipe.dense + recipe.prune + recipe.tune
         folder = self.trainer.folder / _checkpoint.digest(
             [jopt.__version__, dataclasses.asdict(recipe)]
         )
         trainer = dataclasses.replace(self.trainer, folder=folder)  # one history for both
-        images = _train.normalize(pool.images[:64])
-        masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
-        widen: list[Any] = []
-        for number, stage in enumerate(recipe.stages):
-            if number:
-                masks = jax.tree.map(lambda leaf: leaf != 0, params)
-                shrunk = prune.shrink(apply, params, masks, images)
-                params, apply, masks = shrunk.params, shrunk.apply, shrunk.narrow(masks)
-                widen.append(shrunk.widen)
-            tx = pruning(recipe, stage, total, masks, pool.count // batch, settings.prune_every)
-            loss = _stages.distilled_loss(
-                apply, _compress.unchanged, recipe.temperature, settings.soft_weight
-            )
-            title = name if len(recipe.stages) == 1 else f"{name} {number + 1}"
-            check = partial(_train.error_rate, apply)
-            seen = pool if stage.shifted else _stages.plain(pool)
-            params = trainer.train(title, params, tx, loss, seen, stage.epochs, check).params
-        for back in reversed(widen):
-            params = back(params)
-        return params
+        check = partial(_train.error_rate, apply)
+        return trainer.train(name, start, tx, loss, pool, epochs, check).params
 
     def networks(self) -> dict[str, Tree]:
         """Return the teacher and the pruned networks."""
@@ -282,18 +221,7 @@ def targets_of(rows: dict[str, Any], settings: Settings) -> list[dict[str, Any]]
 def smoke(settings: Settings) -> Settings:
     """Shorten every stage to an epoch or two."""
     recipes = {
-        name: dataclasses.replace(
-            recipe,
-            stages=tuple(
-                dataclasses.replace(
-                    each,
-                    prune=min(each.prune, 2),
-                    tune=min(each.tune, 1),
-                    dense=min(each.dense, 1),
-                )
-                for each in recipe.stages
-            ),
-        )
+        name: dataclasses.replace(recipe, dense=1, prune=2, tune=1)
         for name, recipe in settings.recipes.items()
     }
     return dataclasses.replace(

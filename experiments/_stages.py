@@ -50,12 +50,6 @@ class Pool:
         return len(self.labels) // self.count
 
 
-def plain(pool: Pool) -> Pool:
-    """Return the images of a pool as they are: its first copy."""
-    logits = None if pool.logits is None else pool.logits[: pool.count]
-    return Pool(pool.images[: pool.count], pool.labels[: pool.count], logits, pool.count)
-
-
 def make_pool(
     key: Array,
     images: np.ndarray,
