@@ -119,7 +119,14 @@ def test_every_way_of_pruning_and_channels_run_on_little_data(tmp_path, monkeypa
     (row,) = channels["seeds"]
     assert row["multiply_adds"][1] <= row["multiply_adds"][0] / 4
     assert row["parameters"][1] < row["parameters"][0] / 2
-    assert set(figures["channels"]["latency"]) == {"1", "64"}
+    latency = figures["channels"]["latency"]
+    assert set(latency) == {"1", "64"}
+    for ways in latency.values():
+        *each, best = ways.values()
+        assert best["dense_ms"] == min(way["dense_ms"] for way in each)
+        assert best["shrunk_ms"] == min(way["shrunk_ms"] for way in each)
+    (row,) = figures["channels"]["chosen"]["seeds"]
+    assert {int(stays.split()[0]) % 8 for stays in row["units"].values()} == {0}
     assert len(list(out.glob("*-criteria.png"))) == 1
 
 
@@ -186,18 +193,16 @@ def test_every_pruned_network_of_the_readme_is_in_the_results():
         ]
         assert f"| {ways[how]} | {criterion} | {' | '.join(cells)} |" in readme
     channels = figures["channels"]
-    for row in channels["criteria"]:
-        (line,) = [
-            each
-            for each in readme.splitlines()
-            if f"| {row['criterion']}, " in each and "epochs" in each
-        ]
+    for row in (*channels["criteria"], channels["chosen"]):
+        name = f"| {row['criterion']}, {row['epochs']} epochs |"
+        (line,) = [each for each in readme.splitlines() if each.startswith(name)]
         means = [100 * sum(column) / len(column) for column in zip(
             *(each["test"] for each in row["seeds"]), strict=True
         )]  # fmt: skip
         assert (
             f"| {row['fewer_multiply_adds']:.2f}x | {means[0]:.2f} % | {means[1]:.2f} % |" in line
         )
-    for batch, row in channels["latency"].items():
+    for batch, ways in channels["latency"].items():
+        row = ways["fastest"]
         words = f"{row['dense_ms']:.2f} ms to {row['shrunk_ms']:.2f} ms, {row['faster']:.1f} times"
         assert f"batch {batch} from {words}" in " ".join(readme.split())
