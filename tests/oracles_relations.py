@@ -21,8 +21,10 @@ def _relative_distances(features):
     """Return equation 5 of Park et al. for all pairs; mu is equation 6, over distinct pairs."""
     rows = _rows(features)
     places = range(len(rows))
-    distance = {(i, j): np.linalg.norm(rows[i] - rows[j]) for i in places for j in places if i != j}
-    mu = np.mean(list(distance.values()))
+    distance = {
+        (i, j): float(np.linalg.norm(rows[i] - rows[j])) for i in places for j in places if i != j
+    }
+    mu = sum(distance.values()) / len(distance)
     return {pair: value / mu for pair, value in distance.items()}
 
 
