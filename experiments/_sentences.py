@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import _bert
+from experiments import _bert, _text
 
 LENGTHS = (16, 24, 32, 40, 48, 64)
 Run = Callable[[np.ndarray, np.ndarray], Any]  # (ids, real) to an array with a row for each
@@ -68,3 +68,17 @@ def full_rows(
     tokens = _bert.tokenizer(tokenizer_file, length)(sentences)
     whole = tokens.ids[tokens.real.all(1)][:count]
     return [whole[at : at + 16] for at in range(0, len(whole) - 15, 16)]
+
+
+def drawn_rows(
+    tokenizer_file: Path, texts: _text.Texts, seed: int, length: int, count: int
+) -> list[np.ndarray]:
+    """Return `full_rows` of training sentences in an order drawn by a seed, or end the program."""
+    sentences = texts.train[0]
+    order = np.random.default_rng(seed).permutation(len(sentences))
+    rows = full_rows(tokenizer_file, [sentences[place] for place in order], length, count)
+    if not rows:
+        raise SystemExit(
+            f"Calibration needs 16 sentences of {length} tokens; {texts.source} has fewer."
+        )
+    return rows

@@ -114,18 +114,8 @@ class Run:
 
     def full_rows(self, seed: int) -> list[np.ndarray]:
         """Return training sentences without filling, drawn by a seed, for calibration."""
-        settings, sentences = self.settings, self.texts.train[0]
-        order = np.random.default_rng(seed).permutation(len(sentences))
-        drawn = [sentences[place] for place in order]
-        rows = _sentences.full_rows(
-            self.tokenizer, drawn, settings.calibration_length, settings.calibration
-        )
-        if not rows:
-            raise SystemExit(
-                f"Calibration needs 16 sentences of {settings.calibration_length} tokens; "
-                f"{self.texts.source} has fewer."
-            )
-        return rows
+        length, count = self.settings.calibration_length, self.settings.calibration
+        return _sentences.drawn_rows(self.tokenizer, self.texts, seed, length, count)
 
     def latencies(self, params: Tree, predict: Any = None, repeats: int = 20) -> dict[str, float]:
         """Time one sentence and 64 of 32 tokens, in milliseconds."""

@@ -106,17 +106,8 @@ class Run:
 
     def statistics(self, seed: int) -> _post_training.Statistics:
         """Return what calibration gathers from training sentences, drawn by a seed."""
-        settings, sentences = self.settings, self.texts.train[0]
-        order = np.random.default_rng(seed).permutation(len(sentences))
-        drawn = [sentences[place] for place in order]
-        rows = _sentences.full_rows(
-            self.tokenizer, drawn, settings.calibration_length, settings.calibration
-        )
-        if not rows:
-            raise SystemExit(
-                f"Calibration needs 16 sentences of {settings.calibration_length} tokens; "
-                f"{self.texts.source} has fewer."
-            )
+        length, count = self.settings.calibration_length, self.settings.calibration
+        rows = _sentences.drawn_rows(self.tokenizer, self.texts, seed, length, count)
         return layers.calibrate(self.encode, self.bert.params, rows)
 
     def row(self, form: str, method: str, tree: Tree, lost: int) -> dict[str, Any]:
