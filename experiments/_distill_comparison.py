@@ -205,13 +205,6 @@ class Run:
         return found
 
 
-def _fewer(run: Run, fraction: float, seed: int) -> Array:
-    """Return the places of the labelled examples: the first of a random order."""
-    key = jax.random.fold_in(jax.random.key(seed), 11)
-    count = max(run.settings.batch, round(fraction * run.pool.count))
-    return jax.random.permutation(key, run.pool.count)[:count]
-
-
 def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]]:
     """Train and score every student of one seed that is not among the finished ones."""
     settings = run.settings
@@ -268,10 +261,8 @@ def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]
     row("born again", 1.0, born_again)
 
     for fraction in settings.labels:
-        known = _fewer(run, fraction, seed)
-        some = jnp.zeros(run.pool.count, bool).at[known].set(True)
-        labels = jnp.where(jnp.tile(some, run.pool.copies), run.taught.labels, -1)
-        partly = dataclasses.replace(run.taught, labels=labels)
+        known = _distill_training.labelled(run.pool, fraction, settings.batch, seed)
+        partly = _distill_training.without_labels(run.taught, known)
         stem = f"{fraction:g}"
         row(
             "alone",

@@ -67,6 +67,19 @@ def ask(pool: Pool, apply: Callable[[Tree, Array], Tree], params: Tree, folder: 
     return dataclasses.replace(pool, teacher=jax.tree.map(jnp.asarray, cache.outputs))
 
 
+def labelled(pool: Pool, fraction: float, batch: int, seed: int) -> Array:
+    """Return the places of the examples with labels where these are few, a batch at least."""
+    key = jax.random.fold_in(jax.random.key(seed), 11)
+    return jax.random.permutation(key, pool.count)[: max(batch, round(fraction * pool.count))]
+
+
+def without_labels(pool: Pool, known: Array) -> Pool:
+    """Return the pool without the labels of all other examples than these."""
+    some = jnp.zeros(pool.count, bool).at[known].set(True)
+    labels = jnp.where(jnp.tile(some, pool.copies), pool.labels, -1)
+    return dataclasses.replace(pool, labels=labels)
+
+
 class Batch(NamedTuple):
     """What a loss sees.
 
@@ -125,14 +138,14 @@ def _step(
     return step
 
 
-def order(key: Array, examples: Array, pool: Pool, epoch: int, steps: int, batch: int) -> Array:
-    """Return the (steps, batch) places of an epoch, on one copy after the other.
+def order(key: Array, examples: Array, pool: Pool, first: int, steps: int, batch: int) -> Array:
+    """Return the (steps, batch) places of an epoch, on the copy of a number.
 
     Fewer examples than that are gone through again, in another order and on the next copy.
     """
     found, passed, needed = [], 0, steps * batch
     while passed * len(examples) < needed:
-        copy = (epoch + passed) % pool.copies
+        copy = (first + passed) % pool.copies
         shuffled = jax.random.permutation(jax.random.fold_in(key, passed), examples)
         found.append(shuffled + copy * pool.count)
         passed += 1
@@ -196,7 +209,8 @@ class Fit:
         examples = jnp.arange(pool.count) if examples is None else examples
         saved = began = time.monotonic()
         for epoch in range(int(done), self.epochs):
-            places = order(jax.random.fold_in(key, epoch), examples, pool, epoch, steps, self.batch)
+            first = self.epochs - 1 - epoch  # so that the last epoch is on the plain images
+            places = order(jax.random.fold_in(key, epoch), examples, pool, first, steps, self.batch)
             carry, losses = _train.scan_steps(
                 step, carry, pool.images, pool.labels, places, pool.teacher
             )

@@ -209,10 +209,14 @@ def test_jitted_equals_eager_and_the_input_is_untouched(name, network):
 def test_vmapped_equals_one_by_one(name, network):
     _, params = network
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf + 0.1, -leaf]), params)
-    together = jopt.materialize(jax.vmap(TRANSFORMS[name])(stacked))
+
+    def transform(params):
+        return jopt.materialize(TRANSFORMS[name](params))
+
+    together, single = jax.jit(jax.vmap(transform))(stacked), jax.jit(transform)
     for index in range(3):
         one = jax.tree.map(lambda leaf, i=index: leaf[i], stacked)
-        alone = jopt.materialize(TRANSFORMS[name](one))
+        alone = single(one)
         got = jax.tree.map(lambda leaf, i=index: leaf[i], together)
         chex.assert_trees_all_close(got, alone, rtol=1e-5, atol=1e-6)
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, select
 from jopt.prune._shrink._axes import Axis, leaves, units
@@ -202,7 +201,7 @@ def on_host(array: Any) -> bool:
 
     There are hundreds of small arrays of as many shapes: XLA would compile for half a minute.
     """
-    if isinstance(array, Tracer):
+    if isinstance(array, jax.core.Tracer):
         return False
     return getattr(array, "is_fully_addressable", True)
 
