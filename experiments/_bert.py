@@ -97,6 +97,7 @@ class BertLayer(nn.Module):
 
         query, key, value = by_head("query"), by_head("key"), by_head("value")
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(query.shape[-1])
+        self.sow("intermediates", "scores", scores)
         scores = jnp.where(real[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
         weights = drop(nn.softmax(scores))
         seen = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, width)
@@ -104,11 +105,17 @@ class BertLayer(nn.Module):
         x = nn.LayerNorm(epsilon=self.epsilon, name="attention_norm")(x + seen)
         y = self.activation(nn.Dense(self.hidden, name="up")(x))
         y = drop(nn.Dense(width, name="down")(y))
-        return nn.LayerNorm(epsilon=self.epsilon, name="output_norm")(x + y)
+        x = nn.LayerNorm(epsilon=self.epsilon, name="output_norm")(x + y)
+        self.sow("intermediates", "hidden", x)
+        return x
 
 
 class BertEncoder(nn.Module):
-    """BERT's encoder, by default with the sizes of MiniLM-L6: 22.6 million parameters."""
+    """BERT's encoder, by default with the sizes of MiniLM-L6: 22.6 million parameters.
+
+    With a `factor`, the table of words has vectors of that width, and a dense layer without biases
+    widens them, as in ALBERT (Lan et al., 2020).
+    """
 
     vocabulary: int = 30522
     positions: int = 512
@@ -120,6 +127,7 @@ class BertEncoder(nn.Module):
     epsilon: float = 1e-12
     activation: Callable[[Array], Array] = exact_gelu
     dropout: float = 0.0
+    factor: int | None = None
 
     @nn.compact
     def __call__(
@@ -147,10 +155,13 @@ class BertEncoder(nn.Module):
             raise ValueError(f"heads {self.heads} does not divide width {self.width}.")
         real = jnp.ones(ids.shape, bool) if real is None else real
         kinds = jnp.zeros_like(ids) if kinds is None else kinds
-        x = nn.Embed(self.vocabulary, self.width, name="words")(ids)
+        x = nn.Embed(self.vocabulary, self.factor or self.width, name="words")(ids)
+        if self.factor is not None:
+            x = nn.Dense(self.width, use_bias=False, name="widen")(x)
         x = x + nn.Embed(self.positions, self.width, name="places")(jnp.arange(ids.shape[1]))[None]
         x = x + nn.Embed(self.kinds, self.width, name="segments")(kinds)
         x = nn.LayerNorm(epsilon=self.epsilon, name="norm")(x)
+        self.sow("intermediates", "hidden", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         rest = (self.heads, self.hidden, self.epsilon, self.activation, self.dropout)
         for number in range(self.layers):
@@ -189,6 +200,73 @@ class BertClassifier(nn.Module):
         dropped = nn.Dropout(self.encoder.dropout, deterministic=not train)(mean)
         logits = nn.Dense(self.num_classes, kernel_init=_INITIAL, name="classifier")(dropped)
         return SentenceFeatures(logits, mean)
+
+
+class Inside(NamedTuple):
+    """What a classifier computes on its way.
+
+    Attributes:
+      features: logits and the vector they are made of.
+      hidden: of the embeddings and after each layer, (batch, length, width) each.
+      scores: of attention in each layer before the softmax, (batch, heads, length, length).
+    """
+
+    features: SentenceFeatures
+    hidden: tuple[Array, ...]
+    scores: tuple[Array, ...]
+
+
+def inside(
+    module: BertClassifier, params: Tree, ids: Array, real: Array, key: Array | None = None
+) -> Inside:
+    """Run a classifier and return what is inside; with a random key, with dropout."""
+    features, found = module.apply(
+        {"params": params},
+        ids,
+        real,
+        None,
+        key is not None,
+        rngs=None if key is None else {"dropout": key},
+        mutable=["intermediates"],
+    )
+    sown = found["intermediates"]["encoder"]
+    layers = [sown[f"layer{number}"] for number in range(module.encoder.layers)]
+    hidden = (*sown["hidden"], *(layer["hidden"][0] for layer in layers))
+    return Inside(features, hidden, tuple(layer["scores"][0] for layer in layers))  # pyright: ignore
+
+
+def some_layers(params: Tree, places: Sequence[int]) -> Tree:
+    """Return a classifier's parameters with the layers of these numbers only, renumbered."""
+    encoder = {
+        name: leaf for name, leaf in params["encoder"].items() if not name.startswith("layer")
+    }
+    for number, place in enumerate(places):
+        encoder[f"layer{number}"] = params["encoder"][f"layer{place}"]
+    return params | {"encoder": encoder}
+
+
+def factorized(params: Tree, factor: int, weights: np.ndarray) -> Tree:
+    """Return a classifier's parameters with the words as vectors of a few numbers, and `widen`.
+
+    The product is the best approximation of its rank to the table, where errors of a word count as
+    often as the word does.
+
+    Args:
+      params: with a full table.
+      factor: numbers of each word.
+      weights: how much each word counts, (vocabulary,), above 0.
+    """
+    table = np.asarray(params["encoder"]["words"]["embedding"], np.float64)
+    root = np.sqrt(weights)[:, None]
+    _, values, directions = np.linalg.svd(root * table, full_matrices=False)
+    widen = directions[:factor]
+    words = table @ widen.T
+    scale = np.sqrt(np.mean(values[:factor] ** 2) / len(table)) or 1.0
+    found = {
+        "words": {"embedding": jnp.asarray(words / scale, jnp.float32)},
+        "widen": {"kernel": jnp.asarray(widen * scale, jnp.float32)},
+    }
+    return params | {"encoder": params["encoder"] | found}
 
 
 def classifier_params(key: Array, model: BertClassifier, encoder_params: Tree) -> Tree:
@@ -295,6 +373,21 @@ def tokenizer(file: Path, length: int) -> Callable[[Sequence[Any]], Tokens]:
         )
 
     return tokenize
+
+
+def token_number(file: Path, names: Sequence[str]) -> int:
+    """Return the number of the first of some tokens that a tokenizer.json has.
+
+    Raises:
+      ValueError: it has none of them.
+    """
+    from tokenizers import Tokenizer
+
+    split = Tokenizer.from_file(str(_existing(file)))
+    found = [number for name in names if (number := split.token_to_id(name)) is not None]
+    if not found:
+        raise ValueError(f"{file}: the vocabulary has no token {' or '.join(names)}.")
+    return found[0]
 
 
 def _existing(file: Path) -> Path:

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import optax
 
-from experiments import _distill_training
+from experiments import _distill_training, _train
 from jopt import codec, is_kernel, materialize, prune, quant
 
 Tree = Any
+Filter = str | Callable[[str, Any], bool]
 BIAS_SPEC = quant.QuantSpec(8, block=())
 
 
@@ -56,7 +57,7 @@ class Recipe:
 
 
 @lru_cache
-def _pruning(recipe: Recipe, total: int) -> optax.GradientTransformation:
+def _pruning(recipe: Recipe, total: int, where: Filter) -> optax.GradientTransformation:
     """Prune along a cubic schedule at a constant rate, then fine-tune as the rate falls."""
     schedule = prune.cubic_schedule(recipe.sparsity, 0, total // 2)
     rate = optax.join_schedules(
@@ -67,7 +68,8 @@ def _pruning(recipe: Recipe, total: int) -> optax.GradientTransformation:
         [total // 2],
     )
     every = max(1, min(recipe.prune_every, total // 8))
-    return prune.sparse_training(optax.adam(rate), prune.gradual(schedule, every))
+    rule = prune.gradual(schedule, every, select=partial(prune.global_topk_masks, where=where))
+    return prune.sparse_training(optax.adam(rate), rule)
 
 
 def compress(
@@ -79,6 +81,8 @@ def compress(
     seed: int,
     stem: Path,
     say: Callable[[str], Any],
+    where: Filter = is_kernel,
+    loop: Callable[..., Any] = _train.scan_steps,
 ) -> Tree:
     """Prune a network step by step, quantize it by training through the rounding; return its tree.
 
@@ -91,17 +95,19 @@ def compress(
       seed: of the order.
       stem: of the checkpoints' names.
       say: told of each epoch.
+      where: which parameters are pruned.
+      loop: runs the steps of an epoch.
     """
     steps = max(1, pool.count // batch)
 
     def fit(name: str, view: Any, params: Tree, epochs: int, tx: Any) -> Tree:
-        how = _distill_training.Fit(batch, epochs, 0.0, 0.0)
+        how = _distill_training.Fit(batch, epochs, 0.0, 0.0, loop=loop)
         file = stem.with_name(f"{stem.name}-{name}.ckpt")
         return how.run(make_loss(view), params, pool, seed, file, say, tx=tx)
 
     masks = None
     if recipe.sparsity:
-        tx = _pruning(recipe, steps * recipe.prune_epochs)
+        tx = _pruning(recipe, steps * recipe.prune_epochs, where)
         params = fit(f"pruned-{recipe.sparsity:g}", unchanged, params, recipe.prune_epochs, tx)
         masks = jax.tree.map(lambda leaf: (leaf != 0) | (leaf.ndim < 2), params)
     if not recipe.bits:

@@ -162,6 +162,7 @@ class Fit:
       rate: AdamW's learning rate: a warm-up, then a cosine to a hundredth.
       weight_decay: of kernels, times the learning rate.
       augment: `(key, uint8 images) -> images` at every step: for a teacher only.
+      loop: runs the steps of an epoch, as `_train.scan_steps` does.
     """
 
     batch: int
@@ -169,6 +170,7 @@ class Fit:
     rate: float
     weight_decay: float
     augment: Callable[[Array, Array], Array] = _train.unchanged
+    loop: Callable[..., tuple[Any, Array]] = _train.scan_steps
 
     def run(
         self,
@@ -211,9 +213,7 @@ class Fit:
         for epoch in range(int(done), self.epochs):
             first = self.epochs - 1 - epoch  # so that the last epoch is on the plain images
             places = order(jax.random.fold_in(key, epoch), examples, pool, first, steps, self.batch)
-            carry, losses = _train.scan_steps(
-                step, carry, pool.images, pool.labels, places, pool.teacher
-            )
+            carry, losses = self.loop(step, carry, pool.images, pool.labels, places, pool.teacher)
             mean = float(losses.mean())
             if epoch + 1 == self.epochs or time.monotonic() - saved > SAVE_EVERY:
                 saved = time.monotonic()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import _bert, _text
@@ -53,6 +54,41 @@ def through(run: Run, tokens: _bert.Tokens, batch: int = 32) -> np.ndarray:
     if found is None:
         raise ValueError("tokens has no sentence with a token.")
     return found
+
+
+def cut_steps(longest: np.ndarray, window: int = 16) -> Callable[..., tuple[Any, Any]]:
+    """Make a loop over the steps of an epoch, each with sentences of about one length, cut to it.
+
+    Takes the place of `_train.scan_steps`. Within a window of some steps sentences are sorted by
+    length and the steps run in an order drawn at random, so that short ones do not come first.
+
+    Args:
+      longest: tokens of each sentence among the examples.
+      window: steps whose sentences are sorted together.
+    """
+
+    def loop(
+        step: Any, carry: Any, ids: Any, labels: Any, order: Any, extras: Any
+    ) -> tuple[Any, Any]:
+        places = np.asarray(order)
+        rng = np.random.default_rng(places[0])
+        losses = []
+        for at in range(0, len(places), window):
+            some = places[at : at + window]
+            some = some.ravel()[np.argsort(longest[some.ravel()], kind="stable")].reshape(
+                some.shape
+            )
+            for rows in rng.permutation(some):
+                length = _fitting(int(longest[rows].max()), ids.shape[1])
+                carry, value = step(carry, ids[:, :length], labels, jnp.asarray(rows), extras)
+                losses.append(value)
+        return carry, jnp.stack(losses)
+
+    return loop
+
+
+def _fitting(longest: int, largest: int) -> int:
+    return min([length for length in LENGTHS if longest <= length < largest], default=largest)
 
 
 def full_rows(

@@ -6,9 +6,8 @@ each output, and inputs of layers are rounded, too: in the range of each token, 
 fixed beforehand, with outliers moved into the kernels (SmoothQuant) or not.
 """
 
-import json
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -17,8 +16,8 @@ import numpy as np
 from jax import Array
 
 import jopt
-from experiments import _compress, _post_training, _results, _sentiment_network
-from experiments._sentiment_network import KERNELS, TABLES
+from experiments import _post_training, _results, _sentiment_network
+from experiments._sentiment_network import KERNELS, TABLES, Made
 from jopt import layers, quant
 
 Tree = Any
@@ -27,6 +26,7 @@ BITS = (8, 4)
 PATTERNS: dict[str, _post_training.Pattern] = {"50 %": 0.5, "2:4": (2, 4), "80 %": 0.8}
 EIGHT = quant.QuantSpec(8, (1,))
 INPUTS = quant.QuantSpec(8, ())
+NONE = {"not_improved": 0}  # kernels that a method left rounded to nearest
 
 
 def static_inputs(apply: Any) -> Callable[..., Array]:
@@ -66,15 +66,20 @@ def smoothed(
     return tree, extras
 
 
-def measure(run: _sentiment_network.Run, seed: int, repeats: int) -> list[Row]:
-    """Make and score every network of one seed that is not among the finished ones."""
-    file = run.work / f"after-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
+@lru_cache(1)
+def _programs(run: _sentiment_network.Run) -> tuple[Any, Any]:
+    """Return the network with inputs rounded in given ranges, and in the range of each token."""
+    return static_inputs(run.logits), quant.quantize_inputs_dynamically(run.logits, INPUTS)
+
+
+def measure(
+    run: _sentiment_network.Run, seed: int, repeats: int
+) -> tuple[list[Row], _sentiment_network.Latencies]:
+    """Make, score and time the networks of one seed that are not among the finished ones."""
+    rows = _sentiment_network.Rows(run, "after", seed)
     params = run.teacher(seed)
     known: dict[str, Any] = {}
-    wanted = []
-    static = static_inputs(run.logits)
-    dynamic = quant.quantize_inputs_dynamically(run.logits, INPUTS)
+    static, dynamic = _programs(run)
 
     def statistics() -> _post_training.Statistics:
         if not known:
@@ -82,45 +87,34 @@ def measure(run: _sentiment_network.Run, seed: int, repeats: int) -> list[Row]:
             known.update({path: each for path, each in found.items() if "layer" in path})
         return known
 
-    def row(kind: str, form: str, method: str, make: Callable[[], tuple[Tree, int, Any]]) -> None:
-        key = f"{kind} {form} {method}"
-        wanted.append(key)
-        if key in done:
-            return
-        tree, lost, predict = make()
-        written, back = _compress.written(tree, run.work / f"packed-{seed}.jopt")
-        found = {"kind": kind, "form": form, "method": method, "bytes": written}
-        found |= {"not_improved": lost} | run.accuracies(back, predict)
-        done[key] = found
-        _results.write_atomically(file, json.dumps(done).encode())
-        run.say(f"seed {seed}: {key}: {written:,} bytes, validation {found['validation']:.2%}")
+    def row(kind: str, form: str, method: str, make: Callable[[], Made]) -> None:
+        rows.add({"kind": kind, "form": form, "method": method}, make)
 
-    def by_method(bits: int, method: Any) -> tuple[Tree, int, Any]:
+    def by_method(bits: int, method: Any) -> Made:
         needed = {} if method is None else statistics()
         how = _post_training.spec(bits, run.group)
         tree, lost = _post_training.quantized(params, needed, how, method, KERNELS, TABLES)
-        return tree, len(lost), None
+        return tree, {"not_improved": len(lost)}, None
 
-    def eight(inputs: str) -> tuple[Tree, int, Any]:
+    def eight(inputs: str) -> Made:
         tree = quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), TABLES)
         if inputs == "SmoothQuant":
             tree, extras = smoothed(tree, statistics())
-            return tree, 0, partial(_with, static, extras)
+            return tree, NONE, partial(_with, static, extras)
         tree = quant.quantize_params(tree, EIGHT, KERNELS)
         if inputs == "a range for each token":
-            return tree, 0, dynamic
+            return tree, NONE, dynamic
         ones = {
             path: (jnp.ones_like(each.abs_max), jnp.max(each.abs_max))
             for path, each in statistics().items()
         }
-        return tree, 0, partial(_with, static, ones)
+        return tree, NONE, partial(_with, static, ones)
 
-    def less(pattern: _post_training.Pattern, criterion: str) -> tuple[Tree, int, Any]:
+    def less(pattern: _post_training.Pattern, criterion: str) -> Made:
         needed = {} if criterion == "magnitude" else statistics()
-        tree = _post_training.pruned(params, needed, pattern, criterion, KERNELS)
-        return tree, 0, None
+        return _post_training.pruned(params, needed, pattern, criterion, KERNELS), NONE, None
 
-    row("float", "32 bits", "", lambda: (params, 0, None))
+    row("float", "32 bits", "", lambda: (params, NONE, None))
     for bits in BITS:
         for name, method in _post_training.METHODS.items():
             row("quantized", f"W{bits}", name, partial(by_method, bits, method))
@@ -129,11 +123,10 @@ def measure(run: _sentiment_network.Run, seed: int, repeats: int) -> list[Row]:
     for form, pattern in PATTERNS.items():
         for criterion in _post_training.CRITERIA:
             row("pruned", form, criterion, partial(less, pattern, criterion))
-    key = "latency_ms"
-    if key not in done:
-        done[key] = run.latencies(params, repeats=repeats)
-        _results.write_atomically(file, json.dumps(done).encode())
-    return [done[name] | ({key: done[key]} if name.startswith("float") else {}) for name in wanted]
+    if "latency_ms" not in rows.done:
+        sides = {"float": (run.predict, params), "W8A8": (jax.jit(dynamic), params)}
+        rows.keep("latency_ms", run.latencies(sides, repeats))
+    return rows.list(), rows.done["latency_ms"]
 
 
 def _with(static: Any, extras: Any, params: Tree, ids: np.ndarray, real: np.ndarray) -> Array:

@@ -1,8 +1,10 @@
 """A BERT that tells good sentences from bad ones: fine-tuned, scored and timed."""
 
 import dataclasses
+import json
 import math
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,23 @@ import optax
 from jax import Array
 
 import jopt
-from experiments import _bert, _checkpoint, _distill_training, _sentences, _text, _timing
+from experiments import (
+    _bert,
+    _checkpoint,
+    _compress,
+    _distill_training,
+    _results,
+    _sentences,
+    _text,
+    _timing,
+)
 from experiments._text_models import SentenceFeatures
 
 Tree = Any
 KERNELS = "encoder/layer.*/kernel"
 TABLES = "encoder/(words|places)/embedding"
+Latencies = dict[str, dict[str, float]]  # by network and number of sentences
+Made = tuple[Tree, dict[str, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +71,13 @@ class Run:
         about = [jopt.__version__, dataclasses.asdict(settings) | {"seeds": None}, texts.source]
         self.work = work / _checkpoint.digest([*about, len(texts.train[1]), str(self.bert.model)])
         self.padding = _padding(self.tokens["train"])
+        self.unknown = _bert.token_number(self.tokenizer, ("[MASK]", "[UNK]"))
         self.pool = _distill_training.Pool(
             jnp.asarray(self.tokens["train"].ids),
             jnp.asarray(texts.train[1]),
             len(texts.train[1]),
         )
+        self.loop = _sentences.cut_steps(self.tokens["train"].real.sum(1))
         self.predict = jax.jit(self.logits)
 
     def features(self, params: Tree, ids: Array, real: Array | None = None) -> SentenceFeatures:
@@ -77,24 +92,43 @@ class Run:
         """Return logits of sentences that are full, which is what calibration runs."""
         return self.features(params, ids).logits
 
-    def training(self, params: Tree, ids: Array, key: Array) -> SentenceFeatures:
-        """Run with dropout."""
-        rngs = {"dropout": key}
-        real = ids != self.padding
-        return self.module.apply({"params": params}, ids, real, None, True, rngs=rngs)  # pyright: ignore
+    def training_of(self, module: _bert.BertClassifier) -> Callable[[Tree, Array, Array], Array]:
+        """Return `(params, ids, key) -> logits` with dropout."""
+
+        def run(params: Tree, ids: Array, key: Array) -> Array:
+            rngs, real = {"dropout": key}, ids != self.padding
+            found: Any = module.apply({"params": params}, ids, real, None, True, rngs=rngs)
+            return found.logits
+
+        return run
+
+    def predict_of(self, module: _bert.BertClassifier) -> Callable[[Tree, Array, Array], Array]:
+        """Return a compiled `(params, ids, real) -> logits`."""
+
+        @jax.jit
+        def run(params: Tree, ids: Array, real: Array) -> Array:
+            found: Any = module.apply({"params": params}, ids, real)
+            return found.logits
+
+        return run
+
+    @cached_property
+    def training_logits(self) -> Callable[[Tree, Array, Array], Array]:
+        """Return `(params, ids, key) -> logits` of the whole network with dropout."""
+        return self.training_of(self.module)
 
     def teacher(self, seed: int) -> Tree:
         """Fine-tune the classifier of a seed, or read it."""
         settings = self.settings
 
         def loss(params: Tree, state: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
-            logits = self.training(params, batch.images, batch.key).logits
+            logits = self.training_logits(params, batch.images, batch.key)
             found = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             return found.mean(), state
 
         start = _bert.classifier_params(jax.random.key(seed), self.module, self.bert.params)
         fit = _distill_training.Fit(
-            settings.batch, settings.epochs, settings.rate, settings.weight_decay
+            settings.batch, settings.epochs, settings.rate, settings.weight_decay, loop=self.loop
         )
         file = self.work / f"teacher-{seed}.ckpt"
         return fit.run(loss, start, self.pool, seed, file, self.say)
@@ -117,15 +151,60 @@ class Run:
         length, count = self.settings.calibration_length, self.settings.calibration
         return _sentences.drawn_rows(self.tokenizer, self.texts, seed, length, count)
 
-    def latencies(self, params: Tree, predict: Any = None, repeats: int = 20) -> dict[str, float]:
-        """Time one sentence and 64 of 32 tokens, in milliseconds."""
-        sides = {}
+    def latencies(self, sides: Mapping[str, tuple[Any, Tree]], repeats: int) -> Latencies:
+        """Time networks in turns on one sentence and on 64, of 32 tokens, in milliseconds.
+
+        Args:
+          sides: by name a compiled `(params, ids, real) -> logits` and its parameters.
+          repeats: how often.
+        """
+        found: Latencies = {name: {} for name in sides}
+        tokens = self.tokens["test"].ids[:, :32]
         for count in (1, 64):
-            ids = np.resize(self.tokens["test"].ids, (count, min(32, self.settings.length)))
+            ids = np.resize(tokens, (count, tokens.shape[1]))  # of few sentences, some again
             real = np.ones(ids.shape, bool)
-            sides[str(count)] = partial(predict or self.predict, params, ids, real)
-        rows = _timing.interleaved(sides, repeats)
-        return {count: round(1e3 * row["median_s"], 4) for count, row in rows.items()}
+            runs = {name: partial(side[0], side[1], ids, real) for name, side in sides.items()}
+            for name, row in _timing.interleaved(runs, repeats).items():
+                found[name][str(count)] = round(1e3 * row["median_s"], 4)
+        return found
+
+
+class Rows:
+    """The networks of one seed as their files give them back; finished ones are read."""
+
+    def __init__(self, run: Run, part: str, seed: int) -> None:
+        """Read what is finished of a part of the experiment."""
+        self.run, self.seed = run, seed
+        self.file = run.work / f"{part}-{seed}.json"
+        self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.wanted: list[str] = []
+
+    def add(self, about: dict[str, str], make: Callable[[], Made]) -> None:
+        """Score a network that is not among the finished ones.
+
+        Args:
+          about: what it is; kind, form and method name it.
+          make: returns its tree, more figures, and what runs it if not the classifier.
+        """
+        key = " ".join(about.values())
+        self.wanted.append(key)
+        if key in self.done:
+            return
+        tree, more, predict = make()
+        written, back = _compress.written(tree, self.run.work / f"packed-{self.seed}.jopt")
+        found = about | {"bytes": written} | more | self.run.accuracies(back, predict)
+        self.keep(key, found)
+        validation = f"validation {found['validation']:.2%}"
+        self.run.say(f"seed {self.seed}: {key}: {written:,} bytes, {validation}")
+
+    def keep(self, key: str, found: Any) -> None:
+        """Write something down."""
+        self.done[key] = found
+        _results.write_atomically(self.file, json.dumps(self.done).encode())
+
+    def list(self) -> list[dict[str, Any]]:
+        """Return the rows in the order in which they were asked for."""
+        return [self.done[key] for key in self.wanted]
 
 
 def _padding(tokens: _bert.Tokens) -> int:

@@ -37,3 +37,21 @@ def table(rows: list[Row], targets: list[dict[str, Any]], console: Console) -> N
         last = row["form"]
     console.print(found)
     _report.print_targets(targets, console)
+
+
+def latencies(found: dict[str, dict[str, float]], console: Console) -> None:
+    """Print how long networks take for one sentence and for 64, and how much faster that is."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("32 tokens a sentence, one seed")
+    whole = next(iter(found.values()))
+    for count in whole:
+        table.add_column(f"{count} at once", justify="right", no_wrap=True)
+        table.add_column("faster", justify="right", no_wrap=True)
+    for name, each in found.items():
+        cells = [
+            cell
+            for count, value in each.items()
+            for cell in (f"{value:.2f} ms", f"{whole[count] / value:.2f}x")
+        ]
+        table.add_row(name, *cells)
+    console.print(table)

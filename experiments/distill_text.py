@@ -113,15 +113,15 @@ def make_pool(data: _text.Sentences, settings: Settings) -> _distill_training.Po
     )
 
 
-def splice(first: Array, second: Array) -> Array:
+def splice(first: Array, second: Array, padding: int = _text.PADDING) -> Array:
     """Join the first half of each sentence with the second half of another's, (batch, length)."""
-    lengths = [jnp.sum(rows != _text.PADDING, 1, keepdims=True) for rows in (first, second)]
+    lengths = [jnp.sum(rows != padding, 1, keepdims=True) for rows in (first, second)]
     cut, start = (length // 2 for length in lengths)
     places = jnp.arange(first.shape[1])[None]
     later = places - cut + start
     inside = (later >= 0) & (later < second.shape[1])
     tail = jnp.take_along_axis(second, jnp.clip(later, 0, second.shape[1] - 1), 1)
-    return jnp.where(places < cut, first, jnp.where(inside, tail, _text.PADDING))
+    return jnp.where(places < cut, first, jnp.where(inside, tail, padding))
 
 
 def labelled(pool: _distill_training.Pool) -> _distill_training.Pool:

@@ -1,13 +1,15 @@
 """MiniLM, fine-tuned to tell good sentences from bad ones, made smaller.
 
-    python -m experiments.sentiment                          # three seeds
+    python -m experiments.sentiment                          # three seeds: most of a day
+    python -m experiments.sentiment --seeds 0
     python -m experiments.sentiment --checkpoint DIR         # another BERT, as Hugging Face has it
     python -m experiments.sentiment --smoke                  # a trial in a minute
 
-Part `after` quantizes and prunes it after training: `experiments._sentiment_after`. All networks
-are scored as their files give them back. Choices are made on validation sentences; the test
-sentences, of other films, are looked at once. Finished trainings and rows are kept: a killed run
-goes on where it was.
+Part `after` quantizes and prunes it after training: `experiments._sentiment_after`. Part `trained`
+trains on while weights go, removes heads and layers, and teaches small students:
+`experiments._sentiment_trained`. All networks are scored as their files give them back. Choices are
+made on validation sentences; the test sentences, of other films, are looked at once. Finished
+trainings and rows are kept: a killed run goes on where it was.
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ from experiments import (
     _sentiment_after,
     _sentiment_network,
     _sentiment_report,
+    _sentiment_trained,
     _text,
 )
 
@@ -67,21 +70,59 @@ def after(
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
     del plot
     run, tag = start(dataset, head, seeds, work, console, checkpoint)
-    by_seed = [_sentiment_after.measure(run, seed, 3 if head else 20) for seed in seeds]
-    same = ("kind", "form", "method")
-    rows = _results.join_seeds(by_seed, same, _sentiment_after.LISTED)
-    targets = [] if tag else _sentiment_after.targets_of(rows)
+    measured = [_sentiment_after.measure(run, seed, 3 if head else 20) for seed in seeds]
+    targets = _sentiment_after.targets_of
+    return results(run, tag, measured, _sentiment_after.LISTED, targets, {}, console)
+
+
+def trained(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    plot: Callable[[str], Path],
+    console: Console,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Run or resume the part; returns its tag, data, settings, figures and targets."""
+    del plot
+    run, tag = start(dataset, head, seeds, work, console, checkpoint)
+    settings = _sentiment_trained.Settings()
+    settings = settings if head is None else _sentiment_trained.smoke(settings)
+    measured = [
+        _sentiment_trained.Trained(run, settings, seed, 3 if head else 20).measure()
+        for seed in seeds
+    ]
+    more = {"trained": dataclasses.asdict(settings)}
+    targets = _sentiment_trained.targets_of
+    return results(run, tag, measured, _sentiment_trained.LISTED, targets, more, console)
+
+
+def results(
+    run: _sentiment_network.Run,
+    tag: str,
+    measured: list[tuple[list[dict[str, Any]], _sentiment_network.Latencies]],
+    listed: tuple[str, ...],
+    targets_of: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    settings: dict[str, Any],
+    console: Console,
+) -> dict[str, Any]:
+    """Join what the seeds measured, print it, and return what is written down."""
+    rows = _results.join_seeds([each[0] for each in measured], ("kind", "form", "method"), listed)
+    targets = [] if tag else targets_of(rows)
+    latencies = measured[0][1]
     _sentiment_report.table(rows, targets, console)
+    _sentiment_report.latencies(latencies, console)
     return {
         "tag": tag,
         "data": _data.about(run.texts),
-        "settings": dataclasses.asdict(run.settings),
-        "figures": {"rows": rows, "latency_ms": by_seed[0][0]["latency_ms"]},
+        "settings": dataclasses.asdict(run.settings) | settings,
+        "figures": {"rows": rows, "latency_ms": latencies},
         "targets": targets,
     }
 
 
-PARTS: dict[str, _parts.Part] = {"after": after}
+PARTS: dict[str, _parts.Part] = {"after": after, "trained": trained}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from experiments import (
     _post_training,
     _sentences,
     _sentiment_after,
+    _sentiment_trained,
     embeddings,
     imagenet_net,
     sentiment,
@@ -124,7 +125,8 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     arguments = ["--smoke", "--dataset", "tiny_text", "--checkpoint", str(checkpoint)]
     sentiment.main([*arguments, "--out", str(folder / "out")])
     (file,) = (folder / "out").glob("*.json")
-    figures = json.loads(file.read_text())["figures"]["after"]
+    made = json.loads(file.read_text())["figures"]
+    figures = made["after"]
     rows = {(row["form"], row["method"]): row for row in figures["rows"]}
     assert list(rows) == [
         ("32 bits", ""),
@@ -139,7 +141,82 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
         row = rows["W8A8", name]
         assert abs(row["mean_test"] - whole["mean_test"]) <= 0.1
         assert row["bytes"][0] < whole["bytes"][0]
-    assert set(figures["latency_ms"]) == {"1", "64"}
+    assert {name: set(each) for name, each in figures["latency_ms"].items()} == {
+        "float": {"1", "64"},
+        "W8A8": {"1", "64"},
+    }
+    figures = made["trained"]
+    rows = {(row["form"], row["method"]): row for row in figures["rows"]}
+    assert list(rows) == [
+        ("32 bits", ""),
+        ("90%", "magnitude, taught"),
+        ("90%", "movement, taught"),
+        ("50% of units", "saliency, taught"),
+        ("1 layers", "taught"),
+        ("1 layers", "TinyBERT"),
+        ("1 layers", "50%, 4 bits"),
+        ("tiny", "50%, 4 bits, rank 4"),
+    ]
+    whole = rows["32 bits", ""]["bytes"][0]
+    assert all(row["bytes"][0] < whole for row in list(rows.values())[1:])
+    assert len(figures["latency_ms"]) == 6
+
+
+def test_layers_are_taken_and_words_factorized():
+    encoder = _bert.BertEncoder(9, 5, 2, 3, 8, 2, 12)
+    module = _bert.BertClassifier(encoder, 2)
+    ids, real = jnp.array([[1, 2, 3, 0]]), jnp.array([[True, True, True, False]])
+    params = module.init(jax.random.key(0), ids)["params"]
+    few = _bert.some_layers(params, (2, 0))
+    one, two = (params["encoder"][name] for name in ("layer2", "layer0"))
+    assert few["encoder"]["layer0"] is one and few["encoder"]["layer1"] is two
+    assert "layer2" not in few["encoder"] and few["classifier"] is params["classifier"]
+    found = _bert.inside(module, params, ids, real)
+    assert [len(each) for each in found[1:]] == [4, 3]
+    mean = _bert.mean_of_tokens(found.hidden[-1], real)
+    np.testing.assert_allclose(found.features.embedding, mean, rtol=1e-5, atol=1e-6)
+    factored = module.clone(encoder=encoder.clone(factor=8))
+    tree = _bert.factorized(params, 8, np.ones(9))  # of full rank: nothing is lost
+    np.testing.assert_allclose(
+        factored.apply({"params": tree}, ids, real).logits,
+        found.features.logits,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    often = np.where(np.arange(9) == 4, 1e6, 1.0)
+    table = params["encoder"]["words"]["embedding"]
+    tree = _bert.factorized(params, 1, often)["encoder"]
+    back = tree["words"]["embedding"] @ tree["widen"]["kernel"]
+    np.testing.assert_allclose(back[4], table[4], rtol=1e-2, atol=1e-2)
+
+
+def test_what_happens_inside_a_student_is_what_its_own_layers_do_in_the_teacher():
+    rng = np.random.default_rng(0)
+    hidden = [jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32) for _ in range(4)]
+    scores = [jnp.asarray(rng.normal(size=(2, 2, 4, 4)), jnp.float32) for _ in range(3)]
+    real = jnp.arange(4)[None] < jnp.array([[3], [4]])
+    teacher = _bert.Inside(None, tuple(hidden), tuple(scores))
+    student = _bert.Inside(None, (hidden[0], hidden[3]), (scores[2],))
+    loss = _sentiment_trained.inner_losses(student, teacher, (2,), real)
+    np.testing.assert_allclose(loss, np.zeros(2), atol=1e-7)
+    assert (_sentiment_trained.inner_losses(student, teacher, (1,), real) > 0.1).all()
+
+
+def test_steps_see_every_sentence_once_and_no_more_words_than_they_have():
+    longest = np.array([3, 17, 5, 20, 2, 18, 4, 19])
+    ids = jnp.where(np.arange(20) < longest[:, None], 1, 0)
+    seen = []
+
+    def step(carry, ids, labels, rows, extras):
+        assert int(ids.shape[1]) >= longest[np.asarray(rows)].max()
+        seen.append((ids.shape[1], sorted(np.asarray(rows).tolist())))
+        return carry + 1, jnp.float32(len(seen))
+
+    order = np.random.default_rng(0).permutation(8).reshape(4, 2)
+    carry, losses = _sentences.cut_steps(longest)(step, 0, ids, None, order, None)
+    assert carry == 4 and losses.shape == (4,)
+    assert sorted(row for _, rows in seen for row in rows) == list(range(8))
+    assert sorted(length for length, _ in seen) == [16, 16, 20, 20]
 
 
 def test_rounded_inputs_are_those_of_smoothed_kernels():

@@ -220,6 +220,18 @@ def test_networks_that_differ_are_refused():
         prune.shrink(apply, params, masks, jnp.ones((2, 3)))
 
 
+def test_groups_that_a_filter_does_not_match_stay_whole():
+    params = {"w": jnp.array([[1.0, 3.0]]), "v": jnp.array([[2.0], [4.0]])}
+    groups = prune.find_groups(lambda p, x: x @ p["w"] @ p["v"], params, jnp.ones((1, 1)))
+    scores = prune.unit_scores(groups, params) | {"other[1]": jnp.array([1.0, 2.0, 3.0])}
+    keep = prune.topk_masks(scores, 0.5, r"other.*")
+    keep = prune.round_units({"w[1]": keep["w[1]"]}, scores, 4)
+    masks = prune.unit_masks(groups, params, keep)
+    assert all(bool(mask.all()) for mask in masks.values())
+    with pytest.raises(ValueError, match="leaves 0 of 2 units"):
+        prune.unit_masks(groups, params, {"w[1]": jnp.array(False)})
+
+
 def test_choices_that_do_not_fit_are_refused():
     _, params, _, groups, *_ = network("nnx")
     with pytest.raises(ValueError, match="keep has 'head'; the groups are"):

@@ -211,13 +211,13 @@ def _refuse_bad_units(groups: Groups, keep: Mapping[str, Any], at_least: int) ->
         if name not in groups.groups:
             raise ValueError(f"keep has {name!r}; the groups are {list(groups.groups)}.")
         size = groups.groups[name].size
-        if jnp.shape(stays) != (size,) or jnp.result_type(stays) != jnp.bool_:
+        if jnp.shape(stays) not in ((), (size,)) or jnp.result_type(stays) != jnp.bool_:
             raise ValueError(
                 f"keep[{name!r}] must be {size} booleans, not {jnp.result_type(stays)}"
                 f"{list(jnp.shape(stays))}."
             )
         try:
-            left = int(np.count_nonzero(stays))
+            left = int(np.count_nonzero(np.broadcast_to(stays, (size,))))
         except jax.errors.TracerArrayConversionError:  # chosen under jit
             continue
         if left < at_least:
@@ -234,7 +234,9 @@ def unit_masks(
     Args:
       groups: from `find_groups`.
       params: the tree of parameters; only shapes matter.
-      keep: by group which units stay, `(units,)` booleans; a group that is absent keeps all.
+      keep: by group which units stay, `(units,)` booleans, or a scalar for all of them, as
+        `topk_masks` has it for groups that its filter does not match; a group that is absent
+        keeps all.
       at_least: how many units each group must keep; 0 lets whole layers go, whose residual branch
         then adds nothing.
 
@@ -261,7 +263,8 @@ def unit_masks(
         for member in groups.groups[name].members:
             numpy = np if on_host(stays) else jnp
             at = member.units
-            own = numpy.where(at >= 0, numpy.asarray(stays)[np.maximum(at, 0)], True)
+            each = numpy.broadcast_to(numpy.asarray(stays), (groups.groups[name].size,))
+            own = numpy.where(at >= 0, each[np.maximum(at, 0)], True)
             shape = [1] * ranks[member.path]
             shape[member.axis] = own.size
             mask = masks[member.path]

@@ -22,7 +22,7 @@ def round_units(
 
     Args:
       keep: by group which units stay, `(units,)` booleans, as `topk_masks` makes them of
-        `unit_scores`.
+        `unit_scores`; a scalar stays as it is.
       scores: the scores of the same groups, higher keeps; more groups are ignored.
       multiple: 8 for a CPU's vectors, 128 for the lanes of a TPU.
 
@@ -45,12 +45,15 @@ def round_units(
     for name, stays in keep.items():
         if name not in scores:
             raise ValueError(f"scores has no {name!r}, which keep has; it has {list(scores)}.")
-        if jnp.shape(scores[name]) != jnp.shape(stays):
+        if jnp.shape(stays) not in ((), jnp.shape(scores[name])):
             raise ValueError(
                 f"scores[{name!r}] must have shape {jnp.shape(stays)}, as keep has it, not "
                 f"{jnp.shape(scores[name])}."
             )
-    return {name: _rounded(stays, scores[name], multiple) for name, stays in keep.items()}
+    return {
+        name: _rounded(stays, scores[name], multiple) if jnp.ndim(stays) else stays
+        for name, stays in keep.items()
+    }
 
 
 def _rounded(stays: jax.Array, scores: jax.Array, multiple: int) -> jax.Array:
