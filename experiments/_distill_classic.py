@@ -207,7 +207,10 @@ def run(
         data = _data.head(data, head)
     data = resized(data)
     about = dataclasses.asdict(settings) | {"seeds": None}
-    work = work / _checkpoint.digest([jopt.__version__, about, data.source, len(data.train[1])])
+    soft = [_distill_methods.TEMPERATURE, _distill_methods.SOFT_WEIGHT]
+    work = work / _checkpoint.digest(
+        [jopt.__version__, about, *soft, data.source, len(data.train[1])]
+    )
     pair = Pair(data.num_classes)
     pool = _distill_training.make_pool(data, settings.copies, settings.max_shift)
     by_seed = [measure(settings, pair, pool, data, seed, work, console.print) for seed in seeds]

@@ -1,11 +1,11 @@
 """One small student, taught by every method; and by few labels.
 
 The teacher is a residual network, trained with labels on images that are mirrored and shifted anew
-at every step. It is asked once about copies of the training images (`_distill_training`). Every
-student has the same architecture, start, order of images and number of steps within a seed, and
-differs in its loss alone. Beside the methods on single pairs there are chains
-(`jopt.distill.distill_chain`): an assistant between teacher and student, and a student that is
-born again, taught by nobody but itself.
+at every step. What it says is the mean over an image and its mirror image; it is asked once about
+the training images. Every student has the same architecture, start, order of images and number of
+steps within a seed, and differs in its loss alone. Beside the methods on single pairs there are
+chains (`jopt.distill.distill_chain`): an assistant between teacher and student, and a student that
+is born again, taught by nobody but itself.
 
 With fewer labels, the student has labels for 1 % or 10 % of the images. Alone it sees these only;
 the teacher can also be asked about the others. (The teacher itself knew all labels: the case of a
@@ -54,7 +54,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     teacher: tuple[tuple[int, ...], tuple[int, ...]] = ((24, 64), (1, 2))  # widths, blocks
     assistant: tuple[tuple[int, ...], tuple[int, ...]] = ((16, 32), (0, 1))
-    student: tuple[tuple[int, ...], tuple[int, ...]] = ((8, 16), (0, 1))
+    student: tuple[tuple[int, ...], tuple[int, ...]] = ((12, 24), (0, 1))
     batch: int = 64
     teacher_epochs: int = 12
     epochs: int = 6
@@ -62,9 +62,9 @@ class Settings:
     rate: float = 3e-3
     weight_decay: float = 1e-2
     max_shift: int = 1
-    copies: int = 4
+    copies: int = 1  # small networks that are trained for so long gain nothing by more
     labels: tuple[float, ...] = (0.01, 0.1)
-    generations: int = 2
+    generations: int = 1
 
 
 class Run:
@@ -85,7 +85,8 @@ class Run:
         """Name what decides the trainings, and whatever else does."""
         about = dataclasses.asdict(self.settings) | {"seeds": None, "labels": None}
         data = [self.data.source, len(self.data.train[1])]
-        return _checkpoint.digest([jopt.__version__, about, *data, *more])
+        soft = [_distill_methods.TEMPERATURE, _distill_methods.SOFT_WEIGHT]
+        return _checkpoint.digest([jopt.__version__, about, *soft, *data, *more])
 
     def network(self, widths: Any) -> Network:
         """Return the network of some widths and blocks."""
@@ -126,7 +127,7 @@ class Run:
         network = self.network(self.settings.teacher)
 
         def apply(params: Tree, images: Array) -> _models.Features:
-            found = network.features(params, images)
+            found = network.two_sided(params, images)
             return found._replace(maps=found.maps.astype(jnp.float16))
 
         return _distill_training.ask(self.pool, apply, self.teacher, self.work / "answers")
@@ -163,12 +164,12 @@ class Run:
         )
         return network.fold(trained["student"], self.estimation)
 
-    def scores(self, params: Tree, widths: Any = None) -> dict[str, float]:
+    def scores(self, params: Tree, widths: Any = None, two_sided: bool = False) -> dict[str, float]:
         """Return validation and test accuracy."""
         network = self.network(widths or self.settings.student)
         return {
-            "validation": network.accuracy(params, self.validation),
-            "test": network.accuracy(params, self.test),
+            "validation": network.accuracy(params, self.validation, two_sided),
+            "test": network.accuracy(params, self.test, two_sided),
         }
 
     def answers(self, params: Tree, widths: Any) -> _distill_training.Pool:
@@ -298,7 +299,8 @@ def about_networks(run: Run) -> dict[str, Any]:
             "parameters": _compress.size(params),
             "multiply_adds": prune.multiply_adds(network.visible_logits, params, images).total,
         }
-    found["teacher"] |= run.scores(run.teacher, settings.teacher)
+    found["teacher"]["multiply_adds"] *= 2  # an image and its mirror image
+    found["teacher"] |= run.scores(run.teacher, settings.teacher, two_sided=True)
     return found
 
 

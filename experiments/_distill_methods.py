@@ -20,7 +20,7 @@ from jopt import distill
 
 Tree = Any
 Features = _models.Features
-TEMPERATURE = 4.0
+TEMPERATURE = 2.0
 SOFT_WEIGHT = 0.9
 NEGATIVES = 1024  # of the contrastive loss
 DIMS = 32  # of its embeddings

@@ -25,24 +25,20 @@ def table(figures: dict[str, Any], targets: list[dict[str, Any]], console: Conso
             f"{name}: {row['parameters']:,} parameters, {row['multiply_adds']:,} multiply-adds"
             f"{score}"
         )
-    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("labels", "method"):
-        found.add_column(name, no_wrap=True)
-    for name in ("test accuracy", "lowest to highest", "gain"):
-        found.add_column(name, justify="right", no_wrap=True)
-    last = None
-    for row, gain in zip(figures["students"], gains(figures["students"]), strict=True):
-        if last not in (None, row["labels"]):
-            found.add_section()
-        first, last = row["labels"] != last, row["labels"]
-        found.add_row(
-            f"{row['labels']:.0%}" if first else "",
-            row["method"],
-            f"{row['mean_test']:.2%}",
-            f"{min(row['test']):.2%} to {max(row['test']):.2%}",
-            "" if row["method"] == "alone" else f"{100 * gain.mean():+.2f}",
+    titles = ("labels", "method", "test accuracy", "lowest to highest", "gain")
+    cells = [
+        (
+            [f"{row['labels']:.0%}"],
+            [
+                row["method"],
+                f"{row['mean_test']:.2%}",
+                f"{min(row['test']):.2%} to {max(row['test']):.2%}",
+                "" if row["method"] == "alone" else f"{100 * gain.mean():+.2f}",
+            ],
         )
-    console.print(found)
+        for row, gain in zip(figures["students"], gains(figures["students"]), strict=True)
+    ]
+    console.print(_report.grouped(titles, cells))
     _report.print_targets(targets, console)
 
 
@@ -167,25 +163,20 @@ def bytes_table(
 ) -> None:
     """Print every network with its bytes."""
     console.print("Mean of the seeds; after the sign half the spread over them.")
-    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("made by", "form"):
-        found.add_column(name, no_wrap=True)
-    for name in ("weights left", "bytes", "test accuracy"):
-        found.add_column(name, justify="right", no_wrap=True)
-    last = None
-    for row in rows:
-        if last not in (None, row["how"]):
-            found.add_section()
-        first, last = row["how"] != last, row["how"]
-        tests = row["test"]
-        found.add_row(
-            row["how"] if first else "",
-            row["form"],
-            f"{np.mean(row['left']):,.0f}",
-            f"{np.mean(row['bytes']):,.0f}",
-            f"{row['mean_test']:.2%} ±{50 * (max(tests) - min(tests)):.2f}",
+    titles = ("made by", "form", "weights left", "bytes", "test accuracy")
+    cells = [
+        (
+            [row["how"]],
+            [
+                row["form"],
+                f"{np.mean(row['left']):,.0f}",
+                f"{np.mean(row['bytes']):,.0f}",
+                f"{row['mean_test']:.2%} ±{50 * row['spread_test']:.2f}",
+            ],
         )
-    console.print(found)
+        for row in rows
+    ]
+    console.print(_report.grouped(titles, cells))
     _report.print_targets(targets, console)
 
 

@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from experiments import _report
 
@@ -19,25 +17,21 @@ def table(rows: list[Row], targets: list[dict[str, Any]], console: Console) -> N
         "Embeddings of test sentences against the float network's: mean cosine, that of the worst "
         "hundredth, and nearest neighbours that stay."
     )
-    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("form", "method"):
-        found.add_column(name, no_wrap=True)
-    for name in ("bytes", "cosine", "worst", "neighbours"):
-        found.add_column(name, justify="right", no_wrap=True)
-    last = None
-    for row in rows:
-        if last not in (None, row["form"]):
-            found.add_section()
-        found.add_row(
-            row["form"] if row["form"] != last else "",
-            row["method"],
-            f"{np.mean(row['bytes']):,.0f}",
-            f"{row['mean_test']:.4f}",
-            f"{np.mean(row['worst_hundredth']):.4f}",
-            f"{row['mean_overlap']:.1%}",
+    titles = ("form", "method", "bytes", "cosine", "worst", "neighbours")
+    cells = [
+        (
+            [row["form"]],
+            [
+                row["method"],
+                f"{np.mean(row['bytes']):,.0f}",
+                f"{row['mean_test']:.4f}",
+                f"{np.mean(row['worst_hundredth']):.4f}",
+                f"{row['mean_overlap']:.1%}",
+            ],
         )
-        last = row["form"]
-    console.print(found)
+        for row in rows
+    ]
+    console.print(_report.grouped(titles, cells))
     _report.print_targets(targets, console)
 
 

@@ -18,26 +18,20 @@ def compressed_table(rows: list[Row], targets: list[dict[str, Any]], console: Co
     console.print(
         "Perplexity of a token of the test text, mean of the seeds; after the sign half the spread."
     )
-    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("", "form", "method"):
-        found.add_column(name, no_wrap=True)
-    for name in ("bytes", "perplexity", "against float"):
-        found.add_column(name, justify="right", no_wrap=True)
-    last = None
-    for row in rows:
-        place = row["kind"], row["form"]
-        if last not in (None, place):
-            found.add_section()
-        first, last = place != last, place
-        found.add_row(
-            row["kind"] if first else "",
-            row["form"] if first else "",
-            row["method"],
-            f"{np.mean(row['bytes']):,.0f}",
-            f"{row['mean_test']:,.2f} ±{row['spread_test'] / 2:,.2f}",
-            f"{row['mean_test'] / rows[0]['mean_test'] - 1:+.1%}",
+    titles = ("", "form", "method", "bytes", "perplexity", "against float")
+    cells = [
+        (
+            [row["kind"], row["form"]],
+            [
+                row["method"],
+                f"{np.mean(row['bytes']):,.0f}",
+                f"{row['mean_test']:,.2f} ±{row['spread_test'] / 2:,.2f}",
+                f"{row['mean_test'] / rows[0]['mean_test'] - 1:+.1%}",
+            ],
         )
-    console.print(found)
+        for row in rows
+    ]
+    console.print(_report.grouped(titles, cells))
     _report.print_targets(targets, console)
 
 

@@ -1,5 +1,6 @@
 """What a person sees at the end of an experiment: a table and a plot."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,28 @@ def print_targets(targets: list[dict[str, Any]], console: Console, form: str = "
         verdict = "[green]met[/]" if each["met"] else "[red]missed[/]"
         value = format(each["value"], form)
         console.print(f"{verdict}  {each['target']}: {value} (goal {sign} {each['goal']})")
+
+
+def grouped(columns: Sequence[str], rows: Iterable[tuple[Sequence[str], Sequence[str]]]) -> Table:
+    """Make a table whose first columns name a group of rows, once, with a gap between groups.
+
+    Args:
+      columns: titles; those of a group and of the name after it are to the left, numbers right.
+      rows: for each the words of its group, and its other cells, of which the first is its name.
+    """
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    last: list[str] | None = None
+    for group, cells in rows:
+        if last is None:
+            for number, title in enumerate(columns):
+                side = "left" if number <= len(group) else "right"
+                found.add_column(title, justify=side, no_wrap=True)
+        elif last != list(group):
+            found.add_section()
+        shown = [""] * len(group) if last == list(group) else list(group)
+        last = list(group)
+        found.add_row(*shown, *cells)
+    return found
 
 
 def bytes_axis(axes: Any) -> None:

@@ -75,6 +75,16 @@ class Network:
         """Run the folded network."""
         return self.folded.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
 
+    def two_sided(self, params: Tree, images: Array) -> _models.Features:
+        """Average what the folded network makes of images and of their mirror images."""
+        one, other = (self.features(params, each) for each in (images, images[:, :, ::-1]))
+        other = other._replace(maps=other.maps[:, :, ::-1])
+        return jax.tree.map(lambda a, b: (a + b) / 2, one, other)
+
+    def two_sided_logits(self, params: Tree, images: Array) -> Array:
+        """Return the logits of `two_sided`."""
+        return self.two_sided(params, images).logits
+
     def logits(self, params: Tree, images: Array) -> Array:
         """Run the folded network, for its logits alone."""
         return self.features(params, images).logits
@@ -83,9 +93,10 @@ class Network:
         """Run the folded network with XLA's own convolutions."""
         return self.visible.apply({"params": params}, images).logits  # pyright: ignore
 
-    def accuracy(self, params: Tree, part: tuple[Array, Array]) -> float:
+    def accuracy(self, params: Tree, part: tuple[Array, Array], two_sided: bool = False) -> float:
         """Return the accuracy of folded parameters."""
-        return round(1 - _train.error_rate(self.logits, params, *part), 6)
+        logits = self.two_sided_logits if two_sided else self.logits
+        return round(1 - _train.error_rate(logits, params, *part), 6)
 
 
 # Methods of the same object are the same function to jit: what is compiled once serves all seeds.

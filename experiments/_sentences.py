@@ -12,10 +12,34 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _bert, _text
+from experiments import _bert, _data, _text
 
 LENGTHS = (16, 24, 32, 40, 48, 64)
 Run = Callable[[np.ndarray, np.ndarray], Any]  # (ids, real) to an array with a row for each
+
+
+def start(
+    dataset: str | None, head: int | None, checkpoint: Path | None, say: Callable[[str], Any]
+) -> tuple[_text.Texts, Path, str]:
+    """Load sentences and find a BERT for a command line, or end the program with the reason.
+
+    Args:
+      dataset: a TFDS set; None for rotten_tomatoes.
+      head: in a trial eight times as many sentences as each part keeps.
+      checkpoint: a folder or file; None for MiniLM.
+      say: told what was taken instead of data that cannot be had.
+
+    Returns:
+      The sentences, the checkpoint, and the tag of the results: empty for the usual ones.
+    """
+    texts = _text.load_texts_or_exit(dataset or "rotten_tomatoes", say)
+    texts = texts if head is None else _data.head(texts, head // 8)
+    tag = "" if texts.tag == "rotten_tomatoes" and checkpoint is None else texts.tag
+    tag = tag if checkpoint is None else f"{tag}-{checkpoint.stem}"
+    try:
+        return texts, checkpoint or _bert.minilm_folder(), tag
+    except _data.DataUnavailable as problem:
+        raise SystemExit(str(problem)) from None
 
 
 def batches(

@@ -18,24 +18,20 @@ def table(rows: list[Row], targets: list[dict[str, Any]], console: Console) -> N
     console.print(
         f"Test accuracy of what the file gives back, mean of {seeds} seeds ± half their spread."
     )
-    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("form", "method"):
-        found.add_column(name, no_wrap=True)
-    for name in ("bytes", "accuracy", "lost"):
-        found.add_column(name, justify="right", no_wrap=True)
-    last = None
-    for row in rows:
-        if last not in (None, row["form"]):
-            found.add_section()
-        found.add_row(
-            row["form"] if row["form"] != last else "",
-            row["method"],
-            f"{np.mean(row['bytes']):,.0f}",
-            f"{row['mean_test']:.2%} ±{50 * row['spread_test']:.2f}",
-            f"{100 * (rows[0]['mean_test'] - row['mean_test']):.2f}",
+    titles = ("form", "method", "bytes", "accuracy", "lost")
+    cells = [
+        (
+            [row["form"]],
+            [
+                row["method"],
+                f"{np.mean(row['bytes']):,.0f}",
+                f"{row['mean_test']:.2%} ±{50 * row['spread_test']:.2f}",
+                f"{100 * (rows[0]['mean_test'] - row['mean_test']):.2f}",
+            ],
         )
-        last = row["form"]
-    console.print(found)
+        for row in rows
+    ]
+    console.print(_report.grouped(titles, cells))
     _report.print_targets(targets, console)
 
 

@@ -242,20 +242,17 @@ def run(
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Run or resume the experiment; returns its tag, data, settings, figures and targets."""
-    settings = Settings(dataset=dataset or "rotten_tomatoes", seeds=seeds)
-    texts = _text.load_texts_or_exit(settings.dataset, console.print)
+    texts, folder, tag = _sentences.start(dataset, head, checkpoint, console.print)
+    settings = Settings(dataset=texts.name, seeds=seeds)
     if head is not None:
         settings = dataclasses.replace(
             settings, bits=(4,), calibration=16, calibration_length=7, length=12
         )
-        texts = _data.head(texts, head // 8)
     try:
-        each = Run(settings, texts, checkpoint or _bert.minilm_folder(), work, console.print)
+        each = Run(settings, texts, folder, work, console.print)
     except (_data.DataUnavailable, ValueError) as problem:
         raise SystemExit(str(problem)) from None
     rows = joined([measure(each, seed, number == 0) for number, seed in enumerate(seeds)])
-    tag = "" if texts.tag == "rotten_tomatoes" and checkpoint is None else texts.tag
-    tag = tag if checkpoint is None else f"{tag}-{checkpoint.stem}"
     targets = [] if tag else targets_of(rows)
     _embeddings_report.table(rows, targets, console)
     _embeddings_report.plot(rows, plot(tag))

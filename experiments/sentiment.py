@@ -20,15 +20,14 @@ from typing import Any
 from rich.console import Console
 
 from experiments import (
-    _bert,
     _data,
     _parts,
     _results,
+    _sentences,
     _sentiment_after,
     _sentiment_network,
     _sentiment_report,
     _sentiment_trained,
-    _text,
 )
 
 
@@ -41,21 +40,17 @@ def start(
     checkpoint: Path | None,
 ) -> tuple[_sentiment_network.Run, str]:
     """Load what all parts share, whose networks lie in one folder; also return the results' tag."""
-    settings = _sentiment_network.Settings(dataset=dataset or "rotten_tomatoes", seeds=seeds)
-    texts = _text.load_texts_or_exit(settings.dataset, console.print)
+    texts, folder, tag = _sentences.start(dataset, head, checkpoint, console.print)
+    settings = _sentiment_network.Settings(dataset=texts.name, seeds=seeds)
     if head is not None:
         settings = dataclasses.replace(
             settings, length=12, batch=16, epochs=1, calibration=16, calibration_length=7
         )
-        texts = _data.head(texts, head // 8)
     shared = work.with_name("networks" + ("-smoke" if head is not None else ""))
     try:
-        folder = checkpoint or _bert.minilm_folder()
-        run = _sentiment_network.Run(settings, texts, folder, shared, console.print)
+        return _sentiment_network.Run(settings, texts, folder, shared, console.print), tag
     except (_data.DataUnavailable, ValueError) as problem:
         raise SystemExit(str(problem)) from None
-    tag = "" if texts.tag == "rotten_tomatoes" and checkpoint is None else texts.tag
-    return run, tag if checkpoint is None else f"{tag}-{checkpoint.stem}"
 
 
 def after(

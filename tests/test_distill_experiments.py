@@ -17,6 +17,7 @@ from experiments import (
     _distill_bytes,
     _distill_classic,
     _distill_comparison,
+    _distill_report,
     _distill_training,
     _residual,
     _results,
@@ -72,6 +73,9 @@ def test_a_folded_residual_network_is_the_normed_one_with_the_images_averages():
         network.visible_logits(folded, images), found.logits, rtol=1e-4, atol=1e-4
     )
     np.testing.assert_allclose(found.embedding, found.maps.mean((1, 2)), rtol=1e-5, atol=1e-6)
+    both, mirrored = (network.two_sided(folded, x) for x in (images, images[:, :, ::-1]))
+    np.testing.assert_allclose(both.logits, mirrored.logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(both.maps, mirrored.maps[:, :, ::-1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -261,3 +265,22 @@ def test_every_taught_network_of_the_readme_is_in_the_results():
         line = f"| {row['network']} | {row['how']} | {np.mean(row['bytes']):,.0f} | "
         line += f"{100 * row['mean_test']:.2f} % ({min(tests):.2f} to {max(tests):.2f}) | "
         assert f"{line}{kept:.1f} % |" in readme
+
+
+def test_every_distilled_image_network_of_the_readme_is_in_the_results():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    figures = json.loads((_results.RESULTS / "distill_images.json").read_text())["figures"]
+
+    def score(row):
+        tests = [100 * each for each in row["test"]]
+        return f"{100 * row['mean_test']:.2f} % ({min(tests):.2f} to {max(tests):.2f})"
+
+    students = figures["methods"]["students"]
+    for row, gain in zip(students, _distill_report.gains(students), strict=True):
+        gained = "-" if row["method"] == "alone" else f"{100 * gain.mean():+.2f}"
+        assert f"| {row['labels']:.0%} | {row['method']} | {score(row)} | {gained} |" in readme
+    for row in figures["classic"]["rows"]:
+        assert f"| {row['network']} | {score(row)} |" in readme
+    for row in figures["bytes"]:
+        size = f"{np.mean(row['bytes']):,.0f}"
+        assert f"| {row['how']} | {row['form']} | {size} | {score(row)} |" in readme
