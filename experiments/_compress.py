@@ -15,6 +15,7 @@ from jopt import codec, is_kernel, materialize, prune, quant
 
 Tree = Any
 Filter = str | Callable[[str, Any], bool]
+Scores = Callable[[Tree], Tree]
 BIAS_SPEC = quant.QuantSpec(8, block=())
 
 
@@ -57,7 +58,9 @@ class Recipe:
 
 
 @lru_cache
-def _pruning(recipe: Recipe, total: int, where: Filter) -> optax.GradientTransformation:
+def _pruning(
+    recipe: Recipe, total: int, where: Filter, scores: Scores
+) -> optax.GradientTransformation:
     """Prune along a cubic schedule at a constant rate, then fine-tune as the rate falls."""
     schedule = prune.cubic_schedule(recipe.sparsity, 0, total // 2)
     rate = optax.join_schedules(
@@ -68,7 +71,8 @@ def _pruning(recipe: Recipe, total: int, where: Filter) -> optax.GradientTransfo
         [total // 2],
     )
     every = max(1, min(recipe.prune_every, total // 8))
-    rule = prune.gradual(schedule, every, select=partial(prune.global_topk_masks, where=where))
+    select = partial(prune.global_topk_masks, where=where)
+    rule = prune.gradual(schedule, every, scores, select)
     return prune.sparse_training(optax.adam(rate), rule)
 
 
@@ -82,6 +86,7 @@ def compress(
     stem: Path,
     say: Callable[[str], Any],
     where: Filter = is_kernel,
+    scores: Scores = prune.magnitude_scores,
     loop: Callable[..., Any] = _train.scan_steps,
 ) -> Tree:
     """Prune a network step by step, quantize it by training through the rounding; return its tree.
@@ -96,6 +101,7 @@ def compress(
       stem: of the checkpoints' names.
       say: told of each epoch.
       where: which parameters are pruned.
+      scores: of parameters, by which all of them compete.
       loop: runs the steps of an epoch.
     """
     steps = max(1, pool.count // batch)
@@ -107,7 +113,7 @@ def compress(
 
     masks = None
     if recipe.sparsity:
-        tx = _pruning(recipe, steps * recipe.prune_epochs, where)
+        tx = _pruning(recipe, steps * recipe.prune_epochs, where, scores)
         params = fit(f"pruned-{recipe.sparsity:g}", unchanged, params, recipe.prune_epochs, tx)
         masks = jax.tree.map(lambda leaf: (leaf != 0) | (leaf.ndim < 2), params)
     if not recipe.bits:

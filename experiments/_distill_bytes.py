@@ -1,7 +1,9 @@
 """Distillation, pruning and quantization: each alone, and all together, at equal bytes.
 
 - *distilled*: narrower and narrower networks, taught by the teacher, in floats;
-- *pruned*: one network trained with labels, pruned step by step with labels;
+- *pruned*: one network trained with labels, pruned step by step with labels, by LAMP: once batch
+  norms are folded into them, kernels are of so different sizes that magnitudes over all of them
+  empty whole layers;
 - *quantized*: the same network, trained through the rounding with labels;
 - *all three*: the same architecture taught by the teacher, pruned under the teacher, quantized
   under the teacher.
@@ -32,6 +34,7 @@ from experiments import (
 )
 from experiments._distill_methods import METHODS
 from experiments._residual import Network
+from jopt import prune
 
 Tree = Any
 SINGLE = ("distilled", "pruned", "quantized")
@@ -49,6 +52,7 @@ class Settings:
     prune_epochs: int = 2
     quantize_epochs: int = 1
     rate: float = 1e-3
+    criterion: str = "LAMP"
 
 
 def measure(
@@ -89,6 +93,7 @@ def measure(
             seed,
             work / f"{method}-{seed}",
             run.say,
+            scores=prune.lamp_scores,
         )
         return tree, widths
 
