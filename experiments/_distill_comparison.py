@@ -8,7 +8,7 @@ chains (`jopt.distill.distill_chain`): an assistant between teacher and student,
 is born again, taught by nobody but itself.
 
 With fewer labels, the student has labels for 1 % or 10 % of the images. Alone it sees these only;
-the teacher can also be asked about the others. (The teacher itself knew all labels: the case of a
+the teacher is also asked about the others. (The teacher itself knew all labels: the case of a
 large network that somebody else trained.)
 """
 
@@ -157,7 +157,7 @@ class Run:
             {"student": params, "extra": extra},
             pool,
             seed,
-            self.work / f"{name}-{seed}.ckpt",
+            self.work / f"{name}{f'-{weight:g}' if weight else ''}-{seed}.ckpt",
             self.say,
             state=state,
             examples=examples,
@@ -185,12 +185,12 @@ class Run:
         file = self.work / "weights.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         for name, method in METHODS.items():
-            if name in found:
+            if name in found and found[name]["tried"] == list(method.weights):
                 continue
             tried = {}
             for weight in method.weights if len(method.weights) > 1 else ():
                 params = self.train(
-                    f"tuning-{name}-{weight:g}",
+                    f"tuning-{name}",
                     method,
                     weight,
                     self.taught,
@@ -202,6 +202,7 @@ class Run:
             only = next(iter(method.weights))
             best = max(tried, key=lambda key: tried[key]) if tried else only
             found[name] = {"weight": float(best), "validation": tried}
+            found[name]["tried"] = list(method.weights)
             _results.write_atomically(file, json.dumps(found).encode())
         return found
 
@@ -213,8 +214,8 @@ def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]
     done = json.loads(file.read_text()) if file.exists() else {}
     wanted: list[str] = []
 
-    def row(name: str, labels: float, make: Callable[[], Tree]) -> None:
-        key = f"{name} {labels:g}"
+    def row(name: str, labels: float, make: Callable[[], Tree], weight: float = 0.0) -> None:
+        key = f"{name} {labels:g} {weight:g}"
         wanted.append(key)
         if key in done:
             return
@@ -226,11 +227,14 @@ def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]
 
     train = partial(run.train, seed=seed)
     for name, method in METHODS.items():
-        row(name, 1.0, partial(train, name, method, weights[name]["weight"], run.taught))
-    best = max(_distill_methods.FEATURES, key=lambda name: done[f"{name} 1"]["validation"])
+        weight = weights[name]["weight"]
+        row(name, 1.0, partial(train, name, method, weight, run.taught), weight)
+    scores = {row["method"]: row["validation"] for row in map(done.get, wanted) if row}
+    best = max(_distill_methods.FEATURES, key=lambda name: scores[name])
     both = dataclasses.replace(METHODS[best], soft=True)
     weight = weights[best]["weight"]
-    row("KD + best feature", 1.0, partial(train, f"KD-{best}", both, weight, run.taught))
+    make = partial(train, f"KD-{best}", both, weight, run.taught)
+    row("KD + best feature", 1.0, make, weight)
 
     def taught_by(name: str, teacher: tuple[Tree, Any]) -> tuple[Tree, Any]:
         return train(name, METHODS["KD"], 0.0, run.answers(*teacher)), settings.student
@@ -271,12 +275,7 @@ def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]
             partial(train, f"alone-{stem}", METHODS["alone"], 0.0, run.taught, examples=known),
         )
         row(
-            "KD, labelled images",
-            fraction,
-            partial(train, f"KD-{stem}", METHODS["KD"], 0.0, run.taught, examples=known),
-        )
-        row(
-            "KD, all images",
+            "KD",
             fraction,
             partial(train, f"KD-all-{stem}", METHODS["KD"], 0.0, partly),
         )
@@ -373,7 +372,7 @@ def targets_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
         ),
     ]
     for labels in sorted({row["labels"] for row in figures["students"]}):
-        kinds = ("KD",) if labels == 1 else ("KD, labelled images", "KD, all images")
+        kinds = ("KD",) if labels == 1 else ("KD, labelled images", "KD")
         alone = rows["alone", labels]
         for kind in kinds:
             taught = rows[kind, labels]

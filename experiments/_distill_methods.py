@@ -123,22 +123,23 @@ METHODS: dict[str, Method] = {
                 s.logits, t.logits, labels, temperature=TEMPERATURE
             )
         ),
-        (0.25, 1.0),
+        (0.06, 0.25, 1.0),
     ),
     "DIST": Method(
-        _stateless(lambda s, t, labels: distill.dist_loss(s.logits, t.logits, 2.0, 2.0)), (1.0, 4.0)
+        _stateless(lambda s, t, labels: distill.dist_loss(s.logits, t.logits, 2.0, 2.0)),
+        (0.25, 1.0, 4.0),
     ),
-    "hint": Method(_hint, (1.0, 10.0), init=_projector),
+    "hint": Method(_hint, (0.01, 0.1, 1.0), init=_projector),
     "AT": Method(
         _stateless(lambda s, t, labels: distill.attention_transfer_loss(s.maps, t.maps)),
-        (50.0, 500.0),
+        (5.0, 50.0, 500.0),
     ),
     "SP": Method(
         _stateless(lambda s, t, labels: distill.similarity_preserving_loss(s.maps, t.maps)),
-        (1.0, 10.0),
+        (0.1, 1.0, 10.0),
     ),
-    "RKD": Method(_stateless(_relational), (1.0, 25.0)),
-    "CRD": Method(_contrastive, (0.1, 0.8), init=_contrastive_init),
+    "RKD": Method(_stateless(_relational), (0.1, 1.0, 25.0)),
+    "CRD": Method(_contrastive, (0.01, 0.1, 0.8), init=_contrastive_init),
 }
 FEATURES = ("hint", "AT", "SP", "RKD", "CRD")
 
