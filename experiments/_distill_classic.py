@@ -145,7 +145,9 @@ def measure(
         loss = _distill_methods.make_loss(
             _distill_methods.METHODS[method], 0.0, pair.features[network]
         )
-        fit = _distill_training.Fit(settings.batch, epochs, rate, settings.weight_decay)
+        fit = _distill_training.Fit(
+            settings.batch, epochs, rate, settings.weight_decay, plain_last=True
+        )
         trained = {"student": params, "extra": ()}
         stem = work / f"{name.replace(' ', '-')}-{seed}.ckpt"
         return fit.run(loss, trained, pool, seed, stem, say, examples=examples)["student"]

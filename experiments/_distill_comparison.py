@@ -101,7 +101,7 @@ class Run:
         """Return how networks are trained."""
         settings = self.settings
         return _distill_training.Fit(
-            settings.batch, epochs, settings.rate, settings.weight_decay, augment
+            settings.batch, epochs, settings.rate, settings.weight_decay, augment, plain_last=True
         )
 
     @cached_property

@@ -163,6 +163,8 @@ class Fit:
       weight_decay: of kernels, times the learning rate.
       augment: `(key, uint8 images) -> images` at every step: for a teacher only.
       loop: runs the steps of an epoch, as `_train.scan_steps` does.
+      plain_last: whether the copies of the pool are gone through backwards, so that the last epoch
+        is on the first copy, which is the plain examples.
     """
 
     batch: int
@@ -171,6 +173,7 @@ class Fit:
     weight_decay: float
     augment: Callable[[Array, Array], Array] = _train.unchanged
     loop: Callable[..., tuple[Any, Array]] = _train.scan_steps
+    plain_last: bool = False
 
     def run(
         self,
@@ -211,7 +214,7 @@ class Fit:
         examples = jnp.arange(pool.count) if examples is None else examples
         saved = began = time.monotonic()
         for epoch in range(int(done), self.epochs):
-            first = self.epochs - 1 - epoch  # so that the last epoch is on the plain images
+            first = self.epochs - 1 - epoch if self.plain_last else epoch
             places = order(jax.random.fold_in(key, epoch), examples, pool, first, steps, self.batch)
             carry, losses = self.loop(step, carry, pool.images, pool.labels, places, pool.teacher)
             mean = float(losses.mean())

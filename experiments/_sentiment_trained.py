@@ -142,7 +142,9 @@ class Trained:
     ) -> Tree:
         """Train something, or go on, or read it."""
         of = self.run.settings
-        how = _distill_training.Fit(of.batch, epochs, of.rate, of.weight_decay, loop=self.loop)
+        how = _distill_training.Fit(
+            of.batch, epochs, of.rate, of.weight_decay, loop=self.loop, plain_last=True
+        )
         file, say = self.work / f"{name}.ckpt", self.run.say
         return how.run(loss, params, self.pool, self.seed, file, say, tx=tx, state=state)
 
