@@ -194,11 +194,11 @@ class Trained:
 
         def loss(both: Tree, count: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
             params, scores = both["params"], both["scores"]
-            masked = prune.movement_params(params, scores, schedule(count), SELECT)
+            masked = prune.movement_params(params, scores, jnp.asarray(schedule(count)), SELECT)
             logits = self.run.training_logits(masked, batch.images, batch.key)
             return self.mixed(logits, batch).mean(), count + 1
 
-        rates = {
+        rates: dict[Any, optax.GradientTransformation] = {
             "params": optax.adam(self.rate(steps)),
             "scores": optax.adam(self.settings.score_rate),
         }
@@ -214,7 +214,7 @@ class Trained:
     def fewer_units(self) -> Made:
         """Remove heads and hidden units, and fine-tune what is left."""
         run, settings = self.run, self.settings
-        ids = np.asarray(self.pool.images[: 2 * run.settings.batch])
+        ids = self.pool.images[: 2 * run.settings.batch]
         real, labels = ids != run.padding, self.pool.labels[: len(ids)]
 
         def error(params: Tree) -> Array:
