@@ -201,9 +201,10 @@ def on_host(array: Any) -> bool:
 
     There are hundreds of small arrays of as many shapes: XLA would compile for half a minute.
     """
-    if isinstance(array, jax.core.Tracer):
+    try:
+        return bool(getattr(array, "is_fully_addressable", True))
+    except jax.errors.ConcretizationTypeError:  # under jit the values are not known
         return False
-    return getattr(array, "is_fully_addressable", True)
 
 
 def _refuse_bad_units(groups: Groups, keep: Mapping[str, Any], at_least: int) -> None:
