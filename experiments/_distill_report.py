@@ -10,6 +10,8 @@ from rich.table import Table
 
 from experiments import _report
 
+SHOWN = 20.0  # points below the best that the plot of bytes shows
+
 
 def gains(rows: list[dict[str, Any]]) -> np.ndarray:
     """Return each row's gain over the student alone, seed by seed: (rows, seeds)."""
@@ -181,7 +183,7 @@ def bytes_table(
 
 
 def bytes_plot(rows: list[dict[str, Any]], data: str, file: Path) -> None:
-    """Draw accuracy against bytes, one line for each way."""
+    """Draw accuracy against bytes, one line for each way; what is far below the best is cut off."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,6 +198,8 @@ def bytes_plot(rows: list[dict[str, Any]], data: str, file: Path) -> None:
         big = 12 if marker == "*" else 6
         (line,) = axis.plot(sizes, tests.mean(1), marker=marker, markersize=big, label=way)
         axis.fill_between(sizes, tests.min(1), tests.max(1), color=line.get_color(), alpha=0.15)
+    best, worst = (100 * pick(row["mean_test"] for row in rows) for pick in (max, min))
+    axis.set_ylim(max(worst - 1, best - SHOWN), best + 1)
     _report.bytes_axis(axis)
     axis.set_ylabel("test accuracy, %")
     axis.set_title(f"{data}: test accuracy against file size", loc="left", fontweight="bold")
