@@ -274,9 +274,8 @@ def test_every_distilled_image_network_of_the_readme_is_in_the_results():
         tests = [100 * each for each in row["test"]]
         return f"{100 * row['mean_test']:.2f} % ({min(tests):.2f} to {max(tests):.2f})"
 
-    students = figures.get("methods", {}).get("students", [])
-    gains = _distill_report.gains(students) if students else []
-    for row, gain in zip(students, gains, strict=True):
+    students = figures["methods"]["students"]
+    for row, gain in zip(students, _distill_report.gains(students), strict=True):
         gained = "-" if row["method"] == "alone" else f"{100 * gain.mean():+.2f}"
         assert f"| {row['labels']:.0%} | {row['method']} | {score(row)} | {gained} |" in readme
     for row in figures["classic"]["rows"]:
