@@ -57,19 +57,19 @@ class Recipe:
     prune_every: int = 20
 
 
+def rate_while_pruning(rate: float, total: int) -> optax.Schedule:
+    """Return a rate that stays in the first half of the steps and falls along a cosine after it."""
+    falling = optax.cosine_decay_schedule(rate, max(1, total - total // 2), 0.02)
+    return optax.join_schedules([optax.constant_schedule(rate), falling], [total // 2])
+
+
 @lru_cache
 def _pruning(
     recipe: Recipe, total: int, where: Filter, scores: Scores
 ) -> optax.GradientTransformation:
     """Prune along a cubic schedule at a constant rate, then fine-tune as the rate falls."""
     schedule = prune.cubic_schedule(recipe.sparsity, 0, total // 2)
-    rate = optax.join_schedules(
-        [
-            optax.constant_schedule(recipe.rate),
-            optax.cosine_decay_schedule(recipe.rate, max(1, total - total // 2), 0.02),
-        ],
-        [total // 2],
-    )
+    rate = rate_while_pruning(recipe.rate, total)
     every = max(1, min(recipe.prune_every, total // 8))
     select = partial(prune.global_topk_masks, where=where)
     rule = prune.gradual(schedule, every, scores, select)

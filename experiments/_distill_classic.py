@@ -239,7 +239,7 @@ def run(
 def targets_of(rows: list[dict[str, Any]], labels: float) -> list[dict[str, Any]]:
     """Ask that the taught student is better than the same student alone, beyond the spread.
 
-    Asked where labels are few. With all of them the student alone is as good as this teacher.
+    Asked where labels are few: with all of them this teacher has little to add.
     """
     by_name = {row["network"]: row for row in rows}
     few = f"{labels:.0%} of the labels"

@@ -164,12 +164,6 @@ class Trained:
             logits, batch.teacher, batch.labels, settings.temperature, settings.soft_weight
         )
 
-    def rate(self, steps: int) -> optax.Schedule:
-        """Return a rate that stays while weights go and falls while the rest recovers."""
-        whole = self.run.settings.rate
-        falling = optax.cosine_decay_schedule(whole, max(1, steps - steps // 2), 0.02)
-        return optax.join_schedules([optax.constant_schedule(whole), falling], [steps // 2])
-
     @property
     def steps(self) -> int:
         """Return how many steps an epoch has."""
@@ -182,7 +176,9 @@ class Trained:
         steps = self.steps * self.settings.prune_epochs
         schedule = prune.cubic_schedule(sparsity, 0, steps // 2)
         rule = prune.gradual(schedule, max(1, min(10, steps // 8)), select=SELECT)
-        tx = prune.sparse_training(optax.adam(self.rate(steps)), rule)
+        tx = prune.sparse_training(
+            optax.adam(_compress.rate_while_pruning(self.run.settings.rate, steps)), rule
+        )
         loss = self.taught(self.run.training_logits)
         name = f"magnitude-{sparsity:g}"
         return self.fit(name, loss, self.teacher, self.settings.prune_epochs, tx), {}, None
@@ -199,7 +195,7 @@ class Trained:
             return self.mixed(logits, batch).mean(), count + 1
 
         rates: dict[Any, optax.GradientTransformation] = {
-            "params": optax.adam(self.rate(steps)),
+            "params": optax.adam(_compress.rate_while_pruning(self.run.settings.rate, steps)),
             "scores": optax.adam(self.settings.score_rate),
         }
         tx = optax.multi_transform(rates, {"params": "params", "scores": "scores"})
