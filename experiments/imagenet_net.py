@@ -101,6 +101,8 @@ ROWS = (
     Row(8, (1,), False),
     Row(8, (1,), True),
     Row(8, (1,), True, equalized=True, corrected=True),
+    Row(8, (1,), True, corrected=True),
+    Row(8, (1,), True, method=quant.gptq, corrected=True),
     Row(4, (1,), False),
     Row(4, (1,), False, corrected=True),
     Row(4, (1,), False, equalized=True, corrected=True),
