@@ -1,6 +1,7 @@
 """Pretrained networks through the experiments that quantize them, on checkpoints written here."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from experiments import (
     _data,
     _efficientnet,
     _post_training,
+    _results,
     _sentences,
     _sentiment_after,
     _sentiment_trained,
@@ -315,3 +317,22 @@ def test_experiments_without_their_packages_say_what_to_install(monkeypatch, fol
     ):
         with pytest.raises(SystemExit, match="pip install --no-deps"):
             module.main(["--smoke", "--out", str(folder / "out"), *arguments])
+
+
+def test_every_pretrained_network_of_the_readme_is_in_the_results():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+
+    def figures(name):
+        return json.loads((_results.RESULTS / f"{name}.json").read_text())["figures"]
+
+    for row in figures("embeddings")["sentences"]["rows"]:
+        line = f"| {row['form']} | {row['method'] or '-'} | {np.mean(row['bytes']):,.0f} | "
+        assert f"{line}{row['mean_test']:.4f} | {row['mean_overlap']:.1%} |" in readme
+    photos = figures("imagenet_net")["photos"]
+    assert f"it names {photos['photos_right_of_20']} of 20 labelled photos" in readme
+    for row in photos["rows"]:
+        line = f"| {row['form']} | {row['how']} | {np.mean(row['bytes']):,.0f} | "
+        assert f"{line}{row['mean_agreement']:.1%} | {row['mean_sqnr_db']:.1f} dB |" in readme
+    for row in figures("sentiment")["after"]["rows"]:
+        line = f"| {row['form']} | {row['method'] or '-'} | {np.mean(row['bytes']):,.0f} | "
+        assert f"{line}{100 * row['mean_test']:.2f} % |" in readme

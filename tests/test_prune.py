@@ -106,7 +106,9 @@ def test_masks_under_vmap_equal_masks_one_by_one():
 
 @pytest.mark.parametrize("name", SELECTORS)
 @pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan")])
-def test_sparsity_outside_its_range_is_refused(name, sparsity, kernel):
+@pytest.mark.parametrize("kind", [float, np.asarray, jnp.asarray])
+def test_sparsity_outside_its_range_is_refused(name, sparsity, kind, kernel):
+    sparsity = kind(sparsity)
     with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\]"):
         SELECTORS[name]({"kernel": kernel}, sparsity)
 

@@ -109,6 +109,21 @@ def test_training_goes_on_with_the_smaller_optimizer_state():
     chex.assert_trees_all_equal(shrunk.narrow(wide), narrow)
 
 
+def test_masked_optimizer_state_is_narrowed_and_other_axes_are_refused():
+    _, params, *_, shrunk = network("nnx")
+    kernels = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    small = jax.tree.map(lambda leaf: leaf.ndim > 1, shrunk.params)
+    state = optax.masked(optax.adam(1e-2), kernels).init(params)
+    expected = optax.masked(optax.adam(1e-2), small).init(shrunk.params)
+    chex.assert_trees_all_equal_shapes(shrunk.narrow(state), expected)
+    chex.assert_trees_all_equal_shapes(shrunk.widen(expected), state)
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2).init(params)
+    with pytest.raises(
+        ValueError, match=r"an entry of shape \(.*\) for .* start the optimizer anew"
+    ):
+        shrunk.narrow(factored)
+
+
 def test_attention_heads_are_units():
     _, _, _, groups, *_ = network("encoder")
     heads = members(groups, "params/attention_0/query/kernel[1]")

@@ -28,6 +28,12 @@ def pruned_count(size: int, sparsity: Sparsity) -> Any:
         return round(size * float(sparsity))
     if jnp.shape(sparsity) != ():
         raise ValueError(f"sparsity must be a scalar, not of shape {jnp.shape(sparsity)}.")
+    try:
+        known = float(sparsity)
+    except jax.errors.ConcretizationTypeError:  # traced
+        known = 0.0
+    if not 0.0 <= known <= 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1], not {known!r}.")
     fraction = jnp.round(jnp.clip(sparsity.astype(jnp.float32), 0, 1) * 2**24).astype(jnp.uint32)
     size_high, size_low = divmod(size, 4096)
     high, low = fraction >> 12, fraction & 4095
@@ -104,7 +110,7 @@ def topk_masks(
 
     Args:
       scores: a tree of scores, higher keeps.
-      sparsity: fraction to prune, 0 to 1; a Python number or a traced scalar (then clipped). Or one
+      sparsity: fraction to prune, 0 to 1; a number, or a traced scalar (then clipped). Or one
         for each leaf: a dict from paths, as the budgets make it, or a tree; entries of leaves that
         are not chosen are ignored.
       where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
@@ -151,7 +157,7 @@ def global_topk_masks(
 
     Args:
       scores: a tree of scores, higher keeps, comparable between leaves.
-      sparsity: fraction to prune, 0 to 1; a Python number or a traced scalar (then clipped).
+      sparsity: fraction to prune, 0 to 1; a number, or a traced scalar (then clipped).
       where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
         two or more axes.
       min_kept: how many elements every leaf keeps, its highest, before leaves compete for the

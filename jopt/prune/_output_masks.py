@@ -23,7 +23,7 @@ def output_topk_masks(
 
     Args:
       scores: a tree of scores, higher keeps.
-      sparsity: fraction to prune, 0 to 1; a Python number or a traced scalar (then clipped).
+      sparsity: fraction to prune, 0 to 1; a number, or a traced scalar (then clipped).
       where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
         two or more axes.
       axis: the axis of outputs, -1 in kernels of dense layers and convolutions; or several, as

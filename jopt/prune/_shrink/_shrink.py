@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jopt._leaves import is_compressed
 from jopt._trees import flatten_with_paths, path_string
@@ -236,6 +237,23 @@ def shrink(apply: Apply, params: Any, masks: Any, *args: Any, tolerance: float =
     return Shrunk(small, small_apply, removed, units, narrow, widen)
 
 
+def _is_single(path: Path, leaf: Any, shape: tuple[int, ...]) -> bool:
+    """Return whether an entry is one number or masked out, so that it stays as it is.
+
+    Raises:
+      ValueError: it has other axes than its parameter, so that no one knows what to remove.
+    """
+    if isinstance(leaf, optax.MaskedNode) or jnp.size(leaf) == 1:
+        return True
+    if jnp.ndim(leaf) != len(shape):
+        raise ValueError(
+            f"the tree has an entry of shape {jnp.shape(leaf)} for {path_string(path)!r}, whose "
+            f"shape is {shape}: axes that are not the parameter's (factored or flattened "
+            "statistics) cannot be changed; start the optimizer anew with init(shrunk.params)."
+        )
+    return False
+
+
 def _narrower(params: Any, removed: dict[str, dict[int, np.ndarray]]) -> Callable[[Any], Any]:
     """Return the function that takes the removed indices out of trees like the parameters."""
     shapes = jax.tree.map(as_shape, params, is_leaf=is_compressed)
@@ -245,11 +263,12 @@ def _narrower(params: Any, removed: dict[str, dict[int, np.ndarray]]) -> Callabl
 
     def cut(path: Path, leaf: Any) -> Any:
         shape, gone = by_key[path]
-        if len(jnp.shape(leaf)) == len(shape):  # other statistics of a parameter stay
-            for axis, indices in gone.items():
-                if leaf.shape[axis] == shape[axis]:
-                    stays = np.setdiff1d(np.arange(shape[axis]), indices)
-                    leaf = jnp.take(leaf, stays, axis=axis)
+        if not gone or _is_single(path, leaf, shape):
+            return leaf
+        for axis, indices in gone.items():
+            if leaf.shape[axis] == shape[axis]:
+                stays = np.setdiff1d(np.arange(shape[axis]), indices)
+                leaf = jnp.take(leaf, stays, axis=axis)
         return leaf
 
     return jax.jit(lambda tree: map_matching(cut, tree, shapes))
@@ -265,7 +284,7 @@ def _widener(params: Any, small: Any, removed: dict[str, dict[int, np.ndarray]])
 
     def put_back(path: Path, leaf: Any) -> Any:
         shape, whole, gone = by_key[path]
-        if len(jnp.shape(leaf)) != len(shape):  # other statistics of a parameter stay
+        if not gone or _is_single(path, leaf, shape):
             return leaf
         for axis, indices in gone.items():
             if leaf.shape[axis] == shape[axis]:
