@@ -22,18 +22,16 @@ def pruned_count(size: int, sparsity: Sparsity) -> Any:
     A float32 product of 25 million and 0.9 is off by an element or two, so a traced sparsity is
     taken as a whole number of 2^-24 and multiplied in integers, in parts of 12 bits.
     """
-    if isinstance(sparsity, (int, float, np.floating, np.integer)):
-        if not 0.0 <= sparsity <= 1.0:
-            raise ValueError(f"sparsity must lie in [0, 1], not {sparsity!r}.")
-        return round(size * float(sparsity))
     if jnp.shape(sparsity) != ():
         raise ValueError(f"sparsity must be a scalar, not of shape {jnp.shape(sparsity)}.")
     try:
         known = float(sparsity)
-    except jax.errors.ConcretizationTypeError:  # traced
-        known = 0.0
-    if not 0.0 <= known <= 1.0:
-        raise ValueError(f"sparsity must lie in [0, 1], not {known!r}.")
+    except jax.errors.ConcretizationTypeError:
+        known = None  # traced, so that it can only be clipped
+    if known is not None and not 0.0 <= known <= 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1], not {sparsity}.")
+    if isinstance(sparsity, (int, float, np.floating, np.integer)):
+        return round(size * float(sparsity))
     fraction = jnp.round(jnp.clip(sparsity.astype(jnp.float32), 0, 1) * 2**24).astype(jnp.uint32)
     size_high, size_low = divmod(size, 4096)
     high, low = fraction >> 12, fraction & 4095

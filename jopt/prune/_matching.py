@@ -41,6 +41,8 @@ def map_matching(
 ) -> Any:
     """Replace the leaves of every part of a tree that is a tree like the parameters.
 
+    A `MaskedNode`, which stands for what a transform does not see, stays.
+
     Args:
       function: `(key path within the part, leaf) -> leaf`.
       tree: an optimizer's state, or anything else; what is no such part stays as it is.
@@ -58,13 +60,16 @@ def map_matching(
     """
     paths = {path for path, _ in entries(params)[0]}
 
+    def replaced(path: Path, leaf: Any) -> Any:
+        masked = path not in paths or isinstance(leaf, optax.MaskedNode)
+        return leaf if masked else function(path, leaf)
+
     def visit(node: Any) -> Any:
         if skip(node):
             return node
         found, treedef = entries(node)
         if _is_like(found, paths):
-            leaves = [function(path, leaf) if path in paths else leaf for path, leaf in found]
-            return jax.tree.unflatten(treedef, leaves)
+            return jax.tree.unflatten(treedef, [replaced(path, leaf) for path, leaf in found])
         children, treedef = jax.tree.flatten(node, is_leaf=lambda each: each is not node)
         if any(child is node for child in children):  # a leaf
             return node

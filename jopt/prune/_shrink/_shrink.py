@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jopt._leaves import is_compressed
 from jopt._trees import flatten_with_paths, path_string
@@ -238,12 +237,12 @@ def shrink(apply: Apply, params: Any, masks: Any, *args: Any, tolerance: float =
 
 
 def _is_single(path: Path, leaf: Any, shape: tuple[int, ...]) -> bool:
-    """Return whether an entry is one number or masked out, so that it stays as it is.
+    """Return whether an entry is one number, so that it stays as it is.
 
     Raises:
       ValueError: it has other axes than its parameter, so that no one knows what to remove.
     """
-    if isinstance(leaf, optax.MaskedNode) or jnp.size(leaf) == 1:
+    if jnp.size(leaf) == 1:
         return True
     if jnp.ndim(leaf) != len(shape):
         raise ValueError(
