@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt._leaves import (
     BitTensor,
@@ -179,6 +180,31 @@ def working_dtype(dtype: Any) -> Any:
       dtype('float32')
     """
     return jnp.dtype(dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32)
+
+
+def on_host(array: Any) -> bool:
+    """Say whether an array's values are known here: neither traced nor on another process's device.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> print(on_host(jnp.ones(2)), jax.jit(lambda x: x + on_host(x))(1))
+      True 1
+    """
+    try:
+        return bool(getattr(array, "is_fully_addressable", True))
+    except jax.errors.ConcretizationTypeError:
+        return False
+
+
+def known_values(array: Any) -> np.ndarray | None:
+    """Return an array's values where they are known, so that they can be checked; else None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> known_values(jnp.array([1, 2])).tolist()
+      [1, 2]
+    """
+    return np.asarray(array) if on_host(array) else None
 
 
 def dtype_bits(dtype: Any) -> int:

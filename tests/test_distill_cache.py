@@ -75,6 +75,13 @@ def test_it_opens_without_the_teacher(tmp_path):
         distill.open_teacher_cache(tmp_path, {"logits": 0})
 
 
+def test_keys_among_parameters_are_told_apart(tmp_path):
+    params = {"dropout": jax.random.key(0), **PARAMS}
+    distill.cache_teacher(tmp_path, apply, params, INPUTS)
+    with pytest.raises(ValueError, match="its teacher differs"):
+        distill.cache_teacher(tmp_path, apply, params | {"dropout": jax.random.key(1)}, INPUTS)
+
+
 @pytest.mark.parametrize("allowed", [0, 1, 2])
 def test_a_killed_run_goes_on_where_it_was(tmp_path, allowed):
     killed = Counted(allowed)
@@ -94,12 +101,16 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, allowed):
     )
 
 
-def test_a_run_killed_before_its_first_array_goes_on(tmp_path):
+@pytest.mark.parametrize("index_is_there", [True, False])
+def test_a_run_killed_before_its_first_array_goes_on(tmp_path, index_is_there):
     distill.cache_teacher(tmp_path, apply, PARAMS, INPUTS)
     index = json.loads((tmp_path / "cache.json").read_text())
-    (tmp_path / "cache.json").write_text(json.dumps(index | {"done": 0}))
-    for file in tmp_path.glob("*.npy"):
+    for file in tmp_path.iterdir():
         file.unlink()
+    (tmp_path / ".cache.json.0123.tmp").write_text('{"for')
+    if index_is_there:
+        begun = index | {"done": 0, "checksums": [0] * len(index["arrays"])}
+        (tmp_path / "cache.json").write_text(json.dumps(begun))
     cache = distill.cache_teacher(tmp_path, apply, PARAMS, INPUTS)
     np.testing.assert_allclose(
         cache.rows([8])["logits"], INPUTS[[8]] @ np.asarray(PARAMS["kernel"]), rtol=1e-5
@@ -140,9 +151,43 @@ def test_damage_is_seen(tmp_path):
     with pytest.raises(ValueError, match=r"1\.npy is damaged: it holds float32 of shape \(3, 4\)"):
         distill.open_teacher_cache(tmp_path)
     index = json.loads((tmp_path / "cache.json").read_text())
-    (tmp_path / "cache.json").write_text(json.dumps(index | {"format": 2}))
-    with pytest.raises(ValueError, match="has format 2, not 1"):
+    (tmp_path / "cache.json").write_text(json.dumps(index | {"format": 1}))
+    with pytest.raises(ValueError, match="has format 1, not 2: delete the folder"):
         distill.open_teacher_cache(tmp_path)
+
+
+def test_every_flipped_byte_and_cut_is_seen(tmp_path):
+    distill.cache_teacher(tmp_path, apply, PARAMS, INPUTS, chunk=4)
+    rng = np.random.default_rng(0)
+    for file in sorted(tmp_path.iterdir()):
+        whole = file.read_bytes()
+        damaged = [whole[:0], whole[:9], whole[: len(whole) // 2], whole[:-1]]
+        for place in (*rng.integers(0, len(whole), 30), len(whole) - 1):
+            damaged.append(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        for data in damaged:
+            file.write_bytes(data)
+            if file.suffix == ".npy" and data[128:] == whole[128:]:  # some bytes only fill up
+                continue
+            try:
+                distill.open_teacher_cache(tmp_path)
+            except ValueError as error:
+                assert str(tmp_path) in str(error)
+            else:
+                assert file.name == "cache.json"  # digests of inputs are not compared here
+        file.write_bytes(whole)
+    (tmp_path / "1.npy").unlink()
+    with pytest.raises(ValueError, match=r"is damaged: 1\.npy is not there"):
+        distill.open_teacher_cache(tmp_path)
+
+
+def test_a_checksum_may_be_left_alone(tmp_path):
+    distill.cache_teacher(tmp_path, apply, PARAMS, INPUTS)
+    data = bytearray((tmp_path / "1.npy").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "1.npy").write_bytes(data)
+    with pytest.raises(ValueError, match=r"1\.npy is damaged: its bytes are not those"):
+        distill.open_teacher_cache(tmp_path)
+    assert distill.open_teacher_cache(tmp_path, verify=False).examples == 11
 
 
 def test_bad_arguments_are_named(tmp_path):

@@ -341,7 +341,9 @@ def test_bad_arguments_are_named():
             loss(s, t[:, :4])
         with pytest.raises(ValueError, match=r"temperature must be positive, not -1\.0"):
             loss(s, t, temperature=-1.0)
-    with pytest.raises(ValueError, match="beta must lie between 0 and 1, not 1.0"):
+    with pytest.raises(
+        ValueError, match=r"beta must lie between 0 and 1, with kd_loss .* not 1\.0"
+    ):
         distill.jensen_shannon_loss(s, t, 1.0)
     with pytest.raises(ValueError, match="at least 2 classes, not 1"):
         distill.dkd_loss(s[:, :1], t[:, :1], LABELS)
@@ -395,3 +397,137 @@ def test_bad_arguments_are_named():
         distill.weighted_sum({"a": s[:, 0], "b": s}, {"a": 1.0, "b": 1.0})
     with pytest.raises(ValueError, match="step must be given: the weight of 'a' is a schedule"):
         distill.weighted_sum({"a": s}, {"a": optax.constant_schedule(1.0)})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@every_loss
+def test_halves_are_computed_in_single_precision(loss, oracle, student, dtype):
+    del oracle
+    halves = [jnp.asarray(each).astype(dtype) for each in (student, teacher_of(student))]
+    with jax.numpy_dtype_promotion("strict"):
+        value, gradient = jax.value_and_grad(lambda s: loss(s, halves[1]).sum())(halves[0])
+        expected, slope = jax.value_and_grad(
+            lambda s: loss(s, halves[1].astype(jnp.float32)).sum()
+        )(halves[0].astype(jnp.float32))
+    assert value.dtype == jnp.float32 and gradient.dtype == dtype
+    np.testing.assert_allclose(value, expected, rtol=2e-6 if loss is not flow else 0.02)
+    scale = float(jnp.abs(slope).max())
+    bound = float(jnp.finfo(dtype).eps) * (1 if loss is not flow else 20)
+    np.testing.assert_allclose(
+        gradient.astype(jnp.float32), slope, rtol=bound, atol=bound * scale + 6e-8
+    )
+
+
+@every_loss
+def test_features_out_of_the_range_of_half_precision_squared_are_finite(loss, oracle, student):
+    del oracle
+    if student.ndim == 2 or loss is flow:  # logits, or features squared by the test itself
+        return
+    for scale in (1e-3, 3e3):
+        student_maps, teacher_maps = (
+            jnp.asarray(scale * maps, jnp.float16) for maps in (MAPS, TEACHER_MAPS)
+        )
+        chex.assert_tree_all_finite(
+            jax.value_and_grad(lambda s, t=teacher_maps: loss(s, t).sum())(student_maps)
+        )
+
+
+ON_LOGITS = {name: loss for name, (loss, _, student) in LOSSES.items() if student.ndim == 2}
+ON_LOGITS["soft cross-entropy"] = lambda s, t: distill.soft_cross_entropy(s, t, 2.0)
+
+
+@pytest.mark.parametrize("name", ON_LOGITS)
+def test_forbidden_classes_do_not_count(name):
+    """A logit of -inf, for student and teacher: the loss of all the other classes."""
+    if name == "dist":  # correlations see the number of classes
+        return
+    loss = ON_LOGITS[name]
+    student, teacher = (
+        jnp.insert(jnp.asarray(each), jnp.array([5]), -jnp.inf, axis=1)
+        for each in (LOGITS, TEACHER)
+    )
+    value, gradient = jax.value_and_grad(lambda s: loss(s, teacher).sum())(student)
+    expected, slope = jax.value_and_grad(lambda s: loss(s, jnp.asarray(TEACHER)).sum())(
+        jnp.asarray(LOGITS)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[:, :5], slope, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(gradient[:, 5], 0.0)
+    for one, other in ((student, teacher.at[:, 5].set(0)), (student.at[:, 5].set(0), teacher)):
+        gradient = jax.grad(lambda s, t=other: loss(s, t).sum())(one)
+        chex.assert_tree_all_finite(gradient)
+
+
+@pytest.mark.parametrize("name", [*ON_LOGITS.keys() - {"soft cross-entropy"}])
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+def test_agreement_costs_nothing_however_sure(name, scale):
+    logits = scale * jax.random.normal(jax.random.key(3), (6, 100))
+    value, gradient = jax.value_and_grad(lambda s: ON_LOGITS[name](s, logits).sum())(logits)
+    np.testing.assert_allclose(value, 0, atol=1e-5)
+    np.testing.assert_allclose(gradient, np.zeros(logits.shape), atol=1e-5)
+
+
+def test_dist_where_a_teacher_relates_nothing():
+    student, teacher = jnp.asarray(LOGITS), jnp.asarray(TEACHER)
+    one = distill.dist_loss(student[:1], teacher[:1], gamma=7.0)
+    np.testing.assert_allclose(one, distill.dist_loss(student[:1], teacher[:1], gamma=0.0))
+    flat = jnp.zeros_like(student)
+    np.testing.assert_array_equal(distill.dist_loss(student, flat), np.zeros(6))
+    np.testing.assert_allclose(distill.dist_loss(flat, teacher), np.full(6, 2.0), rtol=1e-6)
+
+
+def test_top_k_of_forbidden_classes_is_as_fine_as_of_the_others():
+    logits = jnp.asarray(TEACHER).at[:, 3:].set(-jnp.inf)
+    top = distill.top_k_logits(logits, 4)
+    found = jax.nn.softmax(distill.expand_top_k(top, 5))
+    np.testing.assert_allclose(found, jax.nn.softmax(logits), atol=0.25)
+    assert float(top.step.max()) <= 100 / 255 * 1.001
+    np.testing.assert_array_equal(found[:, 3:], 0.0)
+
+
+def test_labels_that_are_no_class_are_refused_or_nan():
+    s, t, teachers = jnp.asarray(LOGITS), jnp.asarray(TEACHER), jnp.stack([LOGITS, TEACHER])
+    uses = [
+        lambda labels: distill.dkd_loss(s, t, labels),
+        lambda labels: distill.distillation_loss(s, t, labels),
+        lambda labels: distill.mutual_loss(teachers, labels)[0],
+        lambda labels: distill.smoothed_label_logits(labels, 5)[:, 0],
+    ]
+    for use in uses:
+        for wrong in (5, -1):
+            labels = LABELS.at[2].set(wrong)
+            with pytest.raises(
+                ValueError, match=rf"labels must lie in \[0, 5\).* there is {wrong}"
+            ):
+                use(labels)
+        losses = jax.jit(use)(LABELS.at[2].set(5))
+        assert np.isnan(losses[2]) and np.isfinite(losses[3:]).all()
+
+
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, jnp.float32])
+def test_numbers_of_every_kind_are_checked(kind):
+    s, t = jnp.asarray(LOGITS), jnp.asarray(TEACHER)
+    with pytest.raises(ValueError, match=r"temperature must be positive, not -2\.0"):
+        distill.kd_loss(s, t, kind(-2.0))
+    with pytest.raises(ValueError, match=r"soft_weight must lie in \[0, 1\], not 1\.5"):
+        distill.distillation_loss(s, t, LABELS, soft_weight=kind(1.5))
+    with pytest.raises(ValueError, match=r"beta must lie between 0 and 1, .* not 1\.0"):
+        distill.jensen_shannon_loss(s, t, kind(1.0))
+    assert distill.kd_loss(s, t, kind(2.0)).shape == (6,)
+
+
+def test_what_is_no_number_is_named():
+    s, t = jnp.asarray(LOGITS), jnp.asarray(TEACHER)
+    with pytest.raises(TypeError, match=r"temperature must be a number .* call the schedule with"):
+        distill.kd_loss(s, t, optax.constant_schedule(1.0))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"soft_weight must be a number or an array, not \[0\.5\]"):
+        distill.distillation_loss(s, t, LABELS, 1.0, [0.5])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"k must be a whole number, not 2\.0"):
+        distill.top_k_logits(t, 2.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"size must be \(height, width\), not 2"):
+        distill.resize_maps(jnp.asarray(MAPS), 2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"top.indices must lie in \[0, 4\), but there is 4"):
+        distill.expand_top_k(distill.top_k_logits(t, 3), 4)
+    for weights in (jnp.array([-1.0, 2.0]), jnp.zeros(2)):
+        with pytest.raises(ValueError, match="weights must not be negative, nor all zero"):
+            distill.ensemble_logits(jnp.stack([s, t]), weights)

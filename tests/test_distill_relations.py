@@ -126,11 +126,26 @@ def test_relations_do_not_change_with_the_scale_of_the_features(loss, oracle, le
     np.testing.assert_allclose(scaled, loss(STUDENT, TEACHER), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@every_loss
+def test_halves_are_computed_in_single_precision(loss, oracle, least, dtype):
+    student, teacher = (jnp.asarray(each).astype(dtype) for each in (200 * STUDENT, TEACHER / 64))
+    value, gradient = jax.value_and_grad(lambda s: loss(s, teacher).sum())(student)
+    assert value.dtype == jnp.float32 and gradient.dtype == dtype
+    assert np.isfinite(gradient.astype(jnp.float32)).all()
+    np.testing.assert_allclose(
+        value, oracle(np.asarray(student, np.float32), np.asarray(teacher, np.float32)).sum(), 2e-5
+    )
+
+
 @every_loss
 def test_few_examples_are_refused_with_the_rule(loss, oracle, least):
     assert loss(STUDENT[:least], TEACHER[:least]).max() > 1e-4
     for batch in range(1, least):
-        with pytest.raises(ValueError, match=f"at least {least} examples in a batch, not {batch}"):
+        with pytest.raises(
+            ValueError,
+            match=f"student_features .* at least {least} examples in a batch, not {batch}",
+        ):
             loss(STUDENT[:batch], TEACHER[:batch])
 
 

@@ -12,8 +12,10 @@ from jopt.distill._attention_maps import (
     attention_score_loss,
     relation_loss,
 )
+from jopt.distill._divergences import jensen_shannon_loss, kd_loss, reverse_kd_loss
 from jopt.distill._hidden_states import cosine_loss, hidden_state_loss, normalized_state_loss
 from jopt.distill._layer_maps import last_layer_map, uniform_layer_map
+from jopt.distill._logits import soft_cross_entropy
 from jopt.distill._sequences import mix_on_policy, sample_tokens, token_mean, word_level_loss
 from jopt.distill._triple import triple_loss
 from tests import oracles_transformers as oracles
@@ -121,6 +123,25 @@ def test_padding_never_counts_even_if_it_is_nan(case):
         (again, _), same = gradients(student, teacher)
         np.testing.assert_allclose(same, losses, rtol=1e-6)
         np.testing.assert_allclose(again, clean, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_halves_are_computed_in_single_precision(case, dtype):
+    student, teacher = case.student.astype(dtype), case.teacher.astype(dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        losses = case.loss(student, teacher, MASK)
+        gradient = jax.grad(lambda s: case.loss(s, teacher, MASK).sum())(student)
+    assert losses.dtype == jnp.float32 and gradient.dtype == dtype
+    exact = [each.astype(jnp.float32) for each in (student, teacher)]
+    np.testing.assert_allclose(losses, case.oracle(*exact, np.asarray(MASK)), rtol=5e-5)
+
+
+def test_each_word_may_be_judged_by_any_divergence():
+    student, teacher = LOGITS
+    for divergence in (kd_loss, reverse_kd_loss, jensen_shannon_loss, soft_cross_entropy):
+        losses = word_level_loss(student, teacher, MASK, 2.0, divergence)
+        each = divergence(student, teacher, temperature=2.0)
+        np.testing.assert_allclose(losses, token_mean(each, MASK), rtol=1e-6)
 
 
 def test_a_sequence_of_padding_costs_nothing(case):

@@ -13,13 +13,13 @@ decoded; the last one catches a decoder that disagrees with the encoder.
 """
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jopt._files import write_atomically
 from jopt.codec._compare import check_equal, rebuild_like
 from jopt.codec._errors import CodecError
 from jopt.codec._header import crc, parse_header, part, read_header, write_header
@@ -68,7 +68,7 @@ def save(path: str | os.PathLike, tree: Any, *, metadata: dict | None = None) ->
       Duda, "Asymmetric numeral systems", 2013, https://arxiv.org/abs/1311.2540.
     """
     data = _encode(tree, metadata)
-    _write_atomically(Path(path), data)
+    write_atomically(Path(path), data)
     return len(data)
 
 
@@ -81,19 +81,6 @@ def _encode(tree: Any, metadata: dict | None) -> bytes:
         parts += [data, crc(data)]
     header = write_header(structure, rows, metadata)
     return b"".join([header, *parts, content.to_bytes(4, "little")])
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load(path: str | os.PathLike, like: Any = None, *, max_elements: int | None = None) -> Any:

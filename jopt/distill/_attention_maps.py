@@ -9,18 +9,28 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import check_mask, check_same_shape, masked_mean, zero_padding
+from jopt.distill._checks import (
+    check_mask,
+    constant,
+    masked_mean,
+    paired,
+    widened,
+    zero_padding,
+)
 from jopt.distill._divergences import relative_entropy
 
 
-def _check_maps(student: jax.Array, teacher: jax.Array, mask: jax.Array | None, what: str) -> None:
-    check_same_shape(student, teacher, what, least=4)
+def _paired_maps(
+    student: jax.Array, teacher: jax.Array, mask: jax.Array | None, what: str
+) -> tuple[jax.Array, jax.Array]:
+    student, teacher = paired(student, teacher, what, least=4)
     batch, _, queries, keys = student.shape
     if mask is not None and queries != keys:
         raise ValueError(
             f"mask needs as many queries as keys, but {what} have {queries} and {keys}."
         )
     check_mask(mask, (batch, queries))
+    return student, teacher
 
 
 def _real_pairs(mask: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -80,11 +90,10 @@ def attention_score_loss(
       Jiao, Yin, Shang, Jiang, Chen, Li, Wang, Liu, "TinyBERT: Distilling BERT for Natural Language
       Understanding", 2020, https://arxiv.org/abs/1909.10351, section 3.1, L_attn.
     """
-    _check_maps(student_scores, teacher_scores, mask, "scores")
-    pairs = _real_pairs(mask, student_scores.shape)
-    student = _keep_pairs(student_scores, pairs, 0.0)
-    teacher = _keep_pairs(jax.lax.stop_gradient(teacher_scores), pairs, 0.0)
-    return masked_mean((student - teacher) ** 2, pairs, (1, 2, 3))
+    student, teacher = _paired_maps(student_scores, teacher_scores, mask, "scores")
+    pairs = _real_pairs(mask, student.shape)
+    squares = (_keep_pairs(student, pairs, 0.0) - _keep_pairs(teacher, pairs, 0.0)) ** 2
+    return masked_mean(squares, pairs, (1, 2, 3))
 
 
 def attention_distribution_loss(
@@ -121,11 +130,11 @@ def attention_distribution_loss(
       Compression of Pre-Trained Transformers", 2020, https://arxiv.org/abs/2002.10957, section 3.1,
       L_AT.
     """
-    _check_maps(student_probs, teacher_probs, mask, "probs")
-    pairs = _real_pairs(mask, student_probs.shape)
-    least = float(jnp.finfo(student_probs.dtype).tiny)
-    student = jnp.maximum(_keep_pairs(student_probs, pairs, 1.0), least)
-    teacher = jnp.maximum(_keep_pairs(jax.lax.stop_gradient(teacher_probs), pairs, 1.0), least)
+    student, teacher = _paired_maps(student_probs, teacher_probs, mask, "probs")
+    pairs = _real_pairs(mask, student.shape)
+    least = float(jnp.finfo(student.dtype).tiny)
+    student = jnp.maximum(_keep_pairs(student, pairs, 1.0), least)
+    teacher = jnp.maximum(_keep_pairs(teacher, pairs, 1.0), least)
     return _softmax_divergence(jnp.log(student), jnp.log(teacher), mask)
 
 
@@ -195,9 +204,8 @@ def relation_loss(
                 f"heads must divide the {name}'s width {vectors.shape[2]}, but {heads} does not."
             )
     check_mask(mask, student_vectors.shape[:2])
-    teacher_vectors = jax.lax.stop_gradient(teacher_vectors)
     return _softmax_divergence(
-        _relation_scores(zero_padding(student_vectors, mask), heads),
-        _relation_scores(zero_padding(teacher_vectors, mask), heads),
+        _relation_scores(zero_padding(widened(student_vectors), mask), heads),
+        _relation_scores(zero_padding(constant(teacher_vectors), mask), heads),
         mask,
     )

@@ -1,14 +1,16 @@
 """The teacher's outputs on disk: asked once, read in any order, in bounded memory, resumable.
 
 A folder holds one `.npy` file for each array of the outputs, with a row for each example, and
-`cache.json`: what the rows are, which teacher made them from which inputs, and how many are done.
-A chunk of rows is written and flushed before it is counted, so a killed run loses a chunk at most.
+`cache.json`: what the rows are, which teacher made them from which inputs, how many are done, and
+for each array the CRC-32 of those. A chunk of rows is written and flushed before it is counted, so
+a killed run loses a chunk at most.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jopt._files import write_atomically
 from jopt._trees import flatten_with_paths
 
 _INDEX = "cache.json"
-_FORMAT = 1
+_FORMAT = 2
+_CHECKED_BYTES = 1 << 24  # read at a time, to compare a checksum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +102,10 @@ def cache_teacher(
     }
     folder.mkdir(parents=True, exist_ok=True)
     old = _read_index(folder)
-    if old is None and any(folder.iterdir()):
+    if old is None and any(not file.name.startswith(f".{_INDEX}.") for file in folder.iterdir()):
         raise ValueError(f"folder {folder} holds other files, and no {_INDEX}.")
     for name in index:
-        if old is not None and old.get(name) != index[name]:
+        if old is not None and old[name] != index[name]:
             raise ValueError(
                 f"folder {folder} holds the answers of another run: its {name} differs. Take "
                 "another folder, or delete this one."
@@ -109,40 +113,46 @@ def cache_teacher(
     like = jax.eval_shape(apply, params, _slice(inputs, slice(0, chunk), chunk))
     arrays = _describe(like, chunk, examples)
     if old is None:
-        old = index | {"arrays": arrays, "done": 0}
+        old = index | {"arrays": arrays, "done": 0, "checksums": [0] * len(arrays)}
         _write_index(folder, old)
     elif old["arrays"] != arrays:
         raise ValueError(f"folder {folder} holds outputs of other names, shapes or dtypes.")
     if not old["done"]:
-        for array in arrays:
-            _open(folder, array, "w+").flush()
-    files = [_open(folder, array, "r+") for array in arrays]
+        for number, array in enumerate(arrays):
+            _open(folder, number, array, "w+").flush()
+    files = [_open(folder, number, array, "r+") for number, array in enumerate(arrays)]
+    checksums = old["checksums"]
     ask = jax.jit(apply)
     for start in range(old["done"], examples, chunk):
         stop = min(start + chunk, examples)
         outputs = ask(params, _slice(inputs, slice(start, stop), chunk))
-        for file, leaf in zip(files, jax.tree.leaves(outputs), strict=True):
-            file[start:stop] = np.asarray(leaf)[: stop - start]
+        for number, (file, leaf) in enumerate(zip(files, jax.tree.leaves(outputs), strict=True)):
+            rows = np.ascontiguousarray(np.asarray(leaf)[: stop - start])
+            file[start:stop] = rows
             file.flush()
-        _write_index(folder, old | {"done": stop})
+            checksums[number] = zlib.crc32(_bytes_of(rows), checksums[number])
+        _write_index(folder, old | {"done": stop, "checksums": checksums})
     del files
     return open_teacher_cache(folder, like)
 
 
-def open_teacher_cache(folder: str | os.PathLike[str], like: Any = None) -> TeacherCache:
+def open_teacher_cache(
+    folder: str | os.PathLike[str], like: Any = None, verify: bool = True
+) -> TeacherCache:
     """Open the answers that `cache_teacher` kept, without the teacher.
 
     Args:
       folder: that was written.
       like: a tree of the outputs' structure, such as `jax.eval_shape(apply, params, inputs)`; None
         gives a dictionary from paths to arrays, or the array itself if there is one without a path.
+      verify: read everything once, to compare the checksums; False opens without reading.
 
     Returns:
       The cache.
 
     Raises:
       FileNotFoundError: there is no cache in the folder.
-      ValueError: it is not complete, of a later format, damaged, or `like` has other paths.
+      ValueError: it is not complete, of another format, damaged, or `like` has other paths.
 
     Example:
       >>> import tempfile
@@ -163,7 +173,13 @@ def open_teacher_cache(folder: str | os.PathLike[str], like: Any = None) -> Teac
             f"folder {folder} holds {index['done']} of {index['examples']} examples: run "
             "cache_teacher again to finish it."
         )
-    arrays = {array["path"]: _open(folder, array, "r") for array in index["arrays"]}
+    arrays = {}
+    for number, array in enumerate(index["arrays"]):
+        arrays[array["path"]] = rows = _open(folder, number, array, "r")
+        if verify and _checksum(rows) != index["checksums"][number]:
+            raise ValueError(
+                f"{_file(folder, number)} is damaged: its bytes are not those that were written."
+            )
     if like is None:
         outputs = arrays[""] if list(arrays) == [""] else arrays
     else:
@@ -202,36 +218,59 @@ def _digest(tree: Any, rows: int | None = None) -> str:
     for path, leaf in zip(paths, leaves, strict=True):
         shape = np.shape(leaf)
         found.update(f"{path} {shape} {jnp.result_type(leaf)}\n".encode())
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         step = rows if rows and shape else None
         parts = [leaf] if step is None else (leaf[i : i + step] for i in range(0, shape[0], step))
         for part in parts:
-            found.update(np.ascontiguousarray(np.asarray(part)).tobytes())
+            found.update(_bytes_of(np.ascontiguousarray(part)))
     return found.hexdigest()
+
+
+def _bytes_of(rows: np.ndarray) -> Any:
+    """Return the bytes of a contiguous array, of a dtype that buffers do not know either."""
+    return rows.reshape(-1).view(np.uint8)
+
+
+def _checksum(rows: np.ndarray) -> int:
+    step = max(1, _CHECKED_BYTES * len(rows) // max(rows.nbytes, 1))
+    found = 0
+    for start in range(0, len(rows), step):
+        found = zlib.crc32(_bytes_of(np.ascontiguousarray(rows[start : start + step])), found)
+    return found
 
 
 def _describe(like: Any, chunk: int, examples: int) -> list[dict[str, Any]]:
     arrays = []
     paths, leaves, _ = flatten_with_paths(like)
-    for number, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+    for path, leaf in zip(paths, leaves, strict=True):
         if leaf.shape[:1] != (chunk,):
             raise ValueError(
                 f"apply must return a row for each of {chunk} inputs, but output {path!r} has "
                 f"shape {leaf.shape}."
             )
         shape = [examples, *leaf.shape[1:]]
-        name = f"{number}.npy"
-        arrays.append({"path": path, "file": name, "shape": shape, "dtype": str(leaf.dtype)})
+        arrays.append({"path": path, "shape": shape, "dtype": str(leaf.dtype)})
     return arrays
 
 
-def _open(folder: Path, array: dict[str, Any], mode: Any) -> Any:
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number}.npy"
+
+
+def _open(folder: Path, number: int, array: dict[str, Any], mode: Any) -> Any:
     """Map one array; dtypes that NumPy's format does not know are kept as their bytes."""
     dtype, shape = jnp.dtype(array["dtype"]), tuple(array["shape"])
     stored = dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")
-    file = folder / array["file"]
+    file = _file(folder, number)
     if mode == "w+":
         return np.lib.format.open_memmap(file, mode, stored, shape)
-    found = np.lib.format.open_memmap(file, mode)
+    try:
+        found = np.lib.format.open_memmap(file, mode)
+    except FileNotFoundError:
+        raise ValueError(f"folder {folder} is damaged: {file.name} is not there.") from None
+    except (ValueError, EOFError, SyntaxError) as error:  # cut short, or no array at all
+        raise ValueError(f"{file} is damaged: {error}") from None
     if found.shape != shape or found.dtype != stored:
         raise ValueError(f"{file} is damaged: it holds {found.dtype} of shape {found.shape}.")
     return found.view(dtype)
@@ -241,13 +280,40 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     file = folder / _INDEX
     if not file.exists():
         return None
-    index = json.loads(file.read_text())
-    if index.get("format") != _FORMAT:
-        raise ValueError(f"{file} has format {index.get('format')}, not {_FORMAT}.")
+    try:
+        index = json.loads(file.read_bytes())
+        version = index["format"]
+        whole = version != _FORMAT or _is_whole(index)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}.") from None
+    if version != _FORMAT:
+        raise ValueError(
+            f"{file} has format {version!r}, not {_FORMAT}: delete the folder and ask the teacher "
+            "again."
+        )
+    if not whole:
+        raise ValueError(f"{file} is damaged: its fields do not fit.")
     return index
 
 
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Say whether the fields of an index can be what was written."""
+    arrays, checksums = index["arrays"], index["checksums"]
+    for array in arrays:
+        jnp.dtype(array["dtype"])
+        if not isinstance(array["path"], str) or array["shape"][:1] != [index["examples"]]:
+            return False
+        if not all(isinstance(size, int) and size >= 0 for size in array["shape"]):
+            return False
+    named = all(isinstance(index[name], str) for name in ("teacher", "inputs"))
+    counted = all(isinstance(each, int) for each in (index["done"], *checksums))
+    return (
+        named
+        and counted
+        and len(checksums) == len(arrays)
+        and 0 <= index["done"] <= index["examples"]
+    )
+
+
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    new = folder / f"{_INDEX}.new"
-    new.write_text(json.dumps(index))
-    new.replace(folder / _INDEX)
+    write_atomically(folder / _INDEX, json.dumps(index).encode())

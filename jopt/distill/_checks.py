@@ -1,25 +1,52 @@
-"""What the losses share: checks on static values, norms whose gradient exists at zero, means."""
+"""What the losses share: checks of known values, precision, norms with a gradient at zero, means.
+
+Losses are computed, and returned, in float32 or wider: in half precision the differences of
+logarithms that they are made of would be rounding, and squares of features would overflow.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jopt._arrays import known_values, working_dtype
 
 Scalar = float | jax.Array
 
 
-def check_same_shape(student: jax.Array, teacher: jax.Array, what: str, least: int = 1) -> None:
-    """Raise unless both arrays have one shape of at least `least` axes.
+def widened(values: jax.Array) -> jax.Array:
+    """Return floats of at least 32 bits."""
+    floating = jnp.issubdtype(values.dtype, jnp.floating)
+    return jnp.asarray(values, working_dtype(values.dtype) if floating else jnp.float32)
+
+
+def constant(values: jax.Array) -> jax.Array:
+    """Return floats of at least 32 bits through which no gradient flows: a teacher's."""
+    return jax.lax.stop_gradient(widened(values))
+
+
+def paired(
+    student: jax.Array, teacher: jax.Array, what: str, least: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Return two arrays of one shape in float32 or wider, the teacher's as a constant.
 
     Args:
       student: of the student.
       teacher: of the teacher.
       what: the word both are called by, as in `student_<what>` and `teacher_<what>`.
       least: number of axes.
+
+    Raises:
+      ValueError: the shapes differ, or have too few axes.
     """
     if student.shape != teacher.shape or student.ndim < least:
         raise ValueError(
             f"student_{what} and teacher_{what} must have the same shape, of {least} axes or more, "
             f"not {student.shape} and {teacher.shape}."
         )
+    return widened(student), constant(teacher)
 
 
 def check_same_batch(student: jax.Array, teacher: jax.Array, what: str, least: int = 2) -> None:
@@ -45,31 +72,71 @@ def paired_features(
     batch = student.shape[0]
     if batch < least:
         raise ValueError(
-            f"this loss compares relations between examples: it needs at least {least} examples "
-            f"in a batch, not {batch}."
+            f"student_features and teacher_features are compared by relations between examples: "
+            f"there must be at least {least} examples in a batch, not {batch}."
         )
-    rows = jax.lax.stop_gradient(teacher).reshape(batch, -1)
-    return student.reshape(batch, -1), rows
+    return widened(student).reshape(batch, -1), constant(teacher).reshape(batch, -1)
+
+
+def check_number(name: str, value: Scalar, rule: str, holds: Callable[[Any], Any]) -> None:
+    """Raise if a value is no number, or one that is known does not hold to a rule.
+
+    Args:
+      name: of the argument.
+      value: a number, or an array, which may be traced.
+      rule: the words after "must", such as "be positive".
+      holds: says of a NumPy array, elementwise, whether the rule holds.
+    """
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
+        hint = ": call the schedule with the step" if callable(value) else ""
+        raise TypeError(f"{name} must be a number or an array, not {value!r}{hint}.")
+    known = known_values(value)
+    if known is not None and not np.all(holds(known)):
+        raise ValueError(f"{name} must {rule}, not {known.tolist()!r}.")
 
 
 def check_positive(name: str, value: Scalar) -> None:
-    """Raise if a value known at trace time is not positive."""
-    if isinstance(value, (int, float)) and not value > 0:
-        raise ValueError(f"{name} must be positive, not {value!r}.")
+    """Raise if a value is no number, or one that is known is not positive."""
+    check_number(name, value, "be positive", lambda known: known > 0)
 
 
 def check_fraction(name: str, value: Scalar) -> None:
-    """Raise if a value known at trace time lies outside [0, 1]."""
-    if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], not {value!r}.")
+    """Raise if a value is no number, or one that is known lies outside [0, 1]."""
+    check_number(name, value, "lie in [0, 1]", lambda known: (known >= 0) & (known <= 1))
 
 
-def check_labels(labels: jax.Array, shape: tuple[int, ...]) -> None:
-    """Raise unless there is one whole number for each example."""
+def check_whole(name: str, values: jax.Array) -> None:
+    """Raise unless an array holds whole numbers."""
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name} must be whole numbers, not {values.dtype}.")
+
+
+def check_range(name: str, values: jax.Array, stop: int, start: int = 0) -> None:
+    """Raise if whole numbers that are known lie outside [start, stop)."""
+    known = known_values(values)
+    if known is None or known.size == 0:
+        return
+    least, most = int(known.min()), int(known.max())
+    if least < start or most >= stop:
+        wrong = least if least < start else most
+        raise ValueError(f"{name} must lie in [{start}, {stop}), but there is {wrong}.")
+
+
+def check_labels(
+    labels: jax.Array, shape: tuple[int, ...], classes: int, negative: bool = False
+) -> None:
+    """Raise unless there is one whole number for each example, each known one a class.
+
+    Args:
+      labels: of the examples.
+      shape: of the examples.
+      classes: number of them.
+      negative: whether a negative number may say that there is no label.
+    """
     if labels.shape != shape:
         raise ValueError(f"labels must have shape {shape}, one per example, not {labels.shape}.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be whole numbers, not {labels.dtype}.")
+    check_whole("labels", labels)
+    check_range("labels", labels, classes, *([-(2**63)] if negative else []))
 
 
 def safe_norm(values: jax.Array, axis: int = -1, keepdims: bool = False) -> jax.Array:
@@ -80,7 +147,12 @@ def safe_norm(values: jax.Array, axis: int = -1, keepdims: bool = False) -> jax.
 
 
 def unit_vectors(values: jax.Array, axis: int = -1) -> jax.Array:
-    """Scale vectors to length one; a vector of zeros stays one, with a gradient of zero."""
+    """Scale vectors to length one; a vector of zeros stays one, with a gradient of zero.
+
+    The largest element is divided by first: squares of very small or large ones leave the range.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(values), axis=axis, keepdims=True))
+    values = values / jnp.where(largest > 0, largest, 1.0)
     norms = safe_norm(values, axis, keepdims=True)
     return jnp.where(norms > 0, values / jnp.where(norms > 0, norms, 1.0), 0.0)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import Scalar, check_labels, check_positive, check_same_shape
+from jopt.distill._checks import Scalar, check_labels, check_positive, paired
 from jopt.distill._divergences import relative_entropy
 
 
@@ -35,8 +35,8 @@ def dkd_loss(
       own cross-entropy is not part of it.
 
     Raises:
-      ValueError: the shapes do not fit, there is one class only, or a temperature known at trace
-        time is not positive.
+      ValueError: the shapes do not fit, there is one class only, a known label is no class, or a
+        known temperature is not positive. A traced label that is no class makes its loss NaN.
       TypeError: the labels are not whole numbers.
 
     Example:
@@ -50,26 +50,25 @@ def dkd_loss(
       Zhao et al., "Decoupled Knowledge Distillation", 2022, https://arxiv.org/abs/2203.08679,
       equation 7.
     """
-    check_same_shape(student_logits, teacher_logits, "logits")
-    check_labels(labels, student_logits.shape[:-1])
-    check_positive("temperature", temperature)
+    both = paired(student_logits, teacher_logits, "logits")
     classes = student_logits.shape[-1]
     if classes < 2:
         raise ValueError(f"student_logits must have at least 2 classes, not {classes}.")
+    check_labels(labels, student_logits.shape[:-1], classes)
+    check_positive("temperature", temperature)
     is_target = jax.nn.one_hot(labels, classes, dtype=bool)
-    teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    student, teacher = (
-        _split(logits / temperature, is_target) for logits in (student_logits, teacher_logits)
-    )
+    student, teacher = (_split(logits / temperature, is_target) for logits in both)
     target, others = (relative_entropy(t, s) for t, s in zip(teacher, student, strict=True))
-    return temperature**2 * (alpha * target + beta * others)
+    losses = temperature**2 * (alpha * target + beta * others)
+    return jnp.where(jnp.any(is_target, axis=-1), losses, jnp.nan)
 
 
 def _split(logits: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the log-distributions (target, rest) and over the rest, where the target has none."""
+    lowest = float(jnp.finfo(logits.dtype).min) / 4  # no probability, and no NaN in differences
+    logits = jnp.maximum(logits, lowest)
     own = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    rest = jax.nn.logsumexp(jnp.where(is_target, -jnp.inf, logits), axis=-1)
+    rest = jax.nn.logsumexp(jnp.where(is_target, lowest, logits), axis=-1)
     binary = jax.nn.log_softmax(jnp.stack([own, rest], axis=-1), axis=-1)
-    least = jnp.finfo(logits.dtype).min / 2  # no probability, and no NaN in differences
-    others = jnp.where(is_target, least, logits - rest[..., None])
+    others = jnp.where(is_target, lowest, logits - rest[..., None])
     return binary, others

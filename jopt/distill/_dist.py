@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import Scalar, check_positive, check_same_shape, unit_vectors
+from jopt.distill._checks import Scalar, check_positive, paired, unit_vectors
 
 
 def dist_loss(
@@ -17,8 +17,9 @@ def dist_loss(
 
     `T^2 * (b (1 - corr of rows) + g mean over classes (1 - corr of columns))` of the softened
     probabilities, (examples, classes), with Pearson's correlation: between classes within one
-    example, and between the examples of the batch within one class. Where a row or column is
-    constant there is no correlation, and its part is one.
+    example, and between the examples of the batch within one class. Where the teacher's row or
+    column is constant it relates nothing, and that part is zero; where the student's alone is, the
+    correlation is zero and the part is one. In a batch of one example all columns are constant.
 
     Args:
       student_logits: floats, (examples, classes).
@@ -47,24 +48,35 @@ def dist_loss(
       Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022,
       https://arxiv.org/abs/2205.10536, section 4. T^2 is the authors' code's.
     """
-    check_same_shape(student_logits, teacher_logits, "logits", least=2)
+    student_logits, teacher_logits = paired(student_logits, teacher_logits, "logits", least=2)
     if student_logits.ndim != 2:
         raise ValueError(
             f"student_logits must have shape (examples, classes), not {student_logits.shape}."
         )
     check_positive("temperature", temperature)
-    teacher_logits = jax.lax.stop_gradient(teacher_logits)
     student, teacher = (
         jax.nn.softmax(logits / temperature, axis=-1) for logits in (student_logits, teacher_logits)
     )
-    within_examples = 1 - _correlation(student, teacher, 1)
-    within_classes = jnp.mean(1 - _correlation(student, teacher, 0))
+    within_examples = _unrelated(student, teacher, 1)
+    within_classes = jnp.mean(_unrelated(student, teacher, 0))
     return temperature**2 * (beta * within_examples + gamma * within_classes)
 
 
-def _correlation(first: jax.Array, second: jax.Array, axis: int) -> jax.Array:
-    first, second = (
-        unit_vectors(values - jnp.mean(values, axis=axis, keepdims=True), axis)
-        for values in (first, second)
-    )
-    return jnp.sum(first * second, axis=axis)
+def _unrelated(student: jax.Array, teacher: jax.Array, axis: int) -> jax.Array:
+    """Return one minus the correlation along an axis, zero where the teacher is constant.
+
+    It is half the squared distance of the directions, exactly zero where both are the same.
+    """
+    ours, theirs = (_direction(values, axis) for values in (student, teacher))
+    apart = 0.5 * jnp.sum((ours - theirs) ** 2, axis=axis)
+    lengths = [jnp.sum(each**2, axis=axis) for each in (ours, theirs)]
+    apart = jnp.where(lengths[0] > 0, apart, 1.0)
+    return jnp.where(lengths[1] > 0, apart, 0.0)
+
+
+def _direction(values: jax.Array, axis: int) -> jax.Array:
+    """Return the unit vectors of what differs from the mean, zeros where that is rounding."""
+    centred = values - jnp.mean(values, axis=axis, keepdims=True)
+    spread, size = (jnp.max(jnp.abs(each), axis=axis, keepdims=True) for each in (centred, values))
+    rounding = 2 * float(jnp.finfo(values.dtype).eps) * size
+    return unit_vectors(jnp.where(spread > rounding, centred, 0.0), axis)

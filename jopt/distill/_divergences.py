@@ -3,12 +3,24 @@
 Losses are per example, the caller reduces (`.mean()`), and no gradient flows into the teacher. All
 are zero, with a gradient of zero, where the student agrees with the teacher, and all carry the
 factor T^2 of Hinton et al., which keeps the size of the gradient the same for every temperature.
+Classes with a logit of -inf have probability zero and do not count.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import Scalar, check_positive, check_same_shape
+from jopt.distill._checks import Scalar, check_number, check_positive, paired, widened
+
+
+def log_distribution(logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
+    """Return `log softmax(z / T)` over the last axis, in float32 or wider and finite.
+
+    A logit of -inf, which forbids a class, is taken as a very low one: its probability is zero all
+    the same, and differences of two of them are numbers.
+    """
+    scaled = widened(logits) / temperature
+    lowest = float(jnp.finfo(scaled.dtype).min) / 4
+    return jax.nn.log_softmax(jnp.maximum(scaled, lowest), axis=-1)
 
 
 def softened(
@@ -24,19 +36,15 @@ def softened(
     Raises:
       ValueError: the shapes differ, or a temperature known at trace time is not positive.
     """
-    check_same_shape(student_logits, teacher_logits, "logits")
+    student, teacher = paired(student_logits, teacher_logits, "logits")
     check_positive("temperature", temperature)
-    teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    return (
-        jax.nn.log_softmax(student_logits / temperature, axis=-1),
-        jax.nn.log_softmax(teacher_logits / temperature, axis=-1),
-    )
+    return log_distribution(student, temperature), log_distribution(teacher, temperature)
 
 
 def relative_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """Return `sum_i p_i (log p_i - log q_i)` over the last axis; where p is zero, it adds zero."""
     p = jnp.exp(log_p)
-    return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+    return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0.0), axis=-1)
 
 
 def kd_loss(
@@ -143,11 +151,8 @@ def jensen_shannon_loss(
       Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated
       Mistakes", 2024, https://arxiv.org/abs/2306.13649, section 3.
     """
-    if isinstance(beta, (int, float)) and not 0 < beta < 1:
-        raise ValueError(
-            f"beta must lie between 0 and 1, not {beta!r}: the divergence is zero at both ends, "
-            "use kd_loss or reverse_kd_loss."
-        )
+    rule = "lie between 0 and 1, with kd_loss and reverse_kd_loss for the ends"
+    check_number("beta", beta, rule, lambda known: (known > 0) & (known < 1))
     log_student, log_teacher = softened(student_logits, teacher_logits, temperature)
     mixture = jnp.logaddexp(log_teacher + jnp.log(beta), log_student + jnp.log1p(-beta))
     forward = relative_entropy(log_teacher, mixture)

@@ -9,11 +9,7 @@ Where the widths differ, the student's features go through a projector first: `_
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import (
-    check_same_shape,
-    example_mean,
-    unit_vectors,
-)
+from jopt.distill._checks import constant, example_mean, paired, unit_vectors, widened
 
 
 def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.Array:
@@ -40,8 +36,8 @@ def hint_loss(student_features: jax.Array, teacher_features: jax.Array) -> jax.A
       Romero et al., "FitNets: Hints for Thin Deep Nets", 2015, https://arxiv.org/abs/1412.6550,
       equation 3.
     """
-    check_same_shape(student_features, teacher_features, "features", least=2)
-    return example_mean((student_features - jax.lax.stop_gradient(teacher_features)) ** 2)
+    student, teacher = paired(student_features, teacher_features, "features", least=2)
+    return example_mean((student - teacher) ** 2)
 
 
 def attention_map(features: jax.Array, power: int = 2) -> jax.Array:
@@ -69,6 +65,7 @@ def attention_map(features: jax.Array, power: int = 2) -> jax.Array:
         )
     if power < 1:
         raise ValueError(f"power must be at least 1, not {power!r}.")
+    features = widened(features)
     strength = features**2 if power == 2 else jnp.abs(features) ** power
     places = jnp.sum(strength, axis=-1).reshape(features.shape[0], -1)
     return unit_vectors(places)
@@ -109,7 +106,7 @@ def attention_transfer_loss(
     """
     _check_places(student_features, teacher_features)
     student = attention_map(student_features, power)
-    teacher = attention_map(jax.lax.stop_gradient(teacher_features), power)
+    teacher = attention_map(constant(teacher_features), power)
     return jnp.mean((student - teacher) ** 2, axis=-1)
 
 
@@ -149,7 +146,9 @@ def flow_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
       Transfer Learning", 2017, equation 1.
     """
     _check_places(first, second, "first and second")
-    first, second = (each.reshape(each.shape[0], -1, each.shape[-1]) for each in (first, second))
+    first, second = (
+        widened(each).reshape(each.shape[0], -1, each.shape[-1]) for each in (first, second)
+    )
     return jnp.einsum("bpi,bpj->bij", first, second) / first.shape[1]
 
 
@@ -179,8 +178,7 @@ def flow_loss(
       Transfer Learning", 2017, equation 2.
     """
     student = flow_matrix(*student_pair)
-    teacher = flow_matrix(*jax.lax.stop_gradient(teacher_pair))
-    check_same_shape(student, teacher, "pair flow matrices", least=3)
+    student, teacher = paired(student, flow_matrix(*teacher_pair), "pair flow matrices", least=3)
     return example_mean((student - teacher) ** 2)
 
 
@@ -215,7 +213,7 @@ def neuron_selectivity_loss(student_features: jax.Array, teacher_features: jax.A
     _check_places(student_features, teacher_features)
     student, teacher = (
         unit_vectors(each.reshape(each.shape[0], -1, each.shape[-1]), axis=1)
-        for each in (student_features, jax.lax.stop_gradient(teacher_features))
+        for each in (widened(student_features), constant(teacher_features))
     )
 
     def kernel(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -257,13 +255,12 @@ def vid_loss(
       Ahn et al., "Variational Information Distillation for Knowledge Transfer", 2019,
       https://arxiv.org/abs/1904.05835, equation 6.
     """
-    check_same_shape(student_features, teacher_features, "features", least=2)
+    student, teacher = paired(student_features, teacher_features, "features", least=2)
     if raw_variance.shape != student_features.shape[-1:]:
         raise ValueError(
             f"raw_variance must have shape {student_features.shape[-1:]}, one per channel, not "
             f"{raw_variance.shape}."
         )
-    variance = jax.nn.softplus(raw_variance) + 1e-5
-    variance = variance.reshape((1,) * (student_features.ndim - 1) + variance.shape)
-    squares = (student_features - jax.lax.stop_gradient(teacher_features)) ** 2
-    return example_mean(0.5 * (jnp.log(variance) + squares / variance))
+    variance = jax.nn.softplus(widened(raw_variance)) + 1e-5
+    variance = variance.reshape((1,) * (student.ndim - 1) + variance.shape)
+    return example_mean(0.5 * (jnp.log(variance) + (student - teacher) ** 2 / variance))

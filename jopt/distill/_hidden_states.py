@@ -7,23 +7,16 @@ flows into the teacher. A student of another width projects its states first.
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import (
-    check_mask,
-    check_same_shape,
-    masked_mean,
-    unit_vectors,
-    zero_padding,
-)
+from jopt.distill._checks import check_mask, masked_mean, paired, unit_vectors, zero_padding
 
 
 def _real_states(
     student_states: jax.Array, teacher_states: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Check the states and return both with zeros for padding, the teacher's as constants."""
-    check_same_shape(student_states, teacher_states, "states", least=3)
-    check_mask(mask, student_states.shape[:2])
-    teacher_states = jax.lax.stop_gradient(teacher_states)
-    return zero_padding(student_states, mask), zero_padding(teacher_states, mask)
+    student, teacher = paired(student_states, teacher_states, "states", least=3)
+    check_mask(mask, student.shape[:2])
+    return zero_padding(student, mask), zero_padding(teacher, mask)
 
 
 def hidden_state_loss(

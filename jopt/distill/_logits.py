@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.distill._checks import Scalar, check_fraction, check_labels
+from jopt.distill._checks import Scalar, check_fraction, check_labels, widened
 from jopt.distill._divergences import softened
 
 
@@ -41,7 +41,8 @@ def soft_cross_entropy(
       https://arxiv.org/abs/1503.02531, section 2.
     """
     log_probs, log_targets = softened(student_logits, teacher_logits, temperature)
-    return -(temperature**2) * jnp.sum(jnp.exp(log_targets) * log_probs, axis=-1)
+    targets = jnp.exp(log_targets)
+    return -(temperature**2) * jnp.sum(targets * jnp.where(targets > 0, log_probs, 0.0), axis=-1)
 
 
 def distillation_loss(
@@ -54,7 +55,8 @@ def distillation_loss(
     """Mix the teacher's soft targets with the hard labels.
 
     `a * soft_cross_entropy(s, t, T) + (1 - a) * cross_entropy(s, y)`, `a = soft_weight`; the hard
-    part has temperature 1.
+    part has temperature 1. Where student and teacher agree the hard part still teaches: neither
+    the loss nor its gradient is zero there.
 
     Args:
       student_logits: floats, (..., classes).
@@ -67,7 +69,8 @@ def distillation_loss(
       Floats of shape (...), one loss for each example.
 
     Raises:
-      ValueError: the shapes do not fit, or a known `temperature` or `soft_weight` is out of range.
+      ValueError: the shapes do not fit, or a known `temperature`, `soft_weight` or label is out of
+        range. A traced label that is no class makes its loss NaN.
       TypeError: the labels are not whole numbers.
 
     Example:
@@ -80,8 +83,8 @@ def distillation_loss(
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
       https://arxiv.org/abs/1503.02531, section 2.
     """
-    check_labels(labels, student_logits.shape[:-1])
+    check_labels(labels, student_logits.shape[:-1], student_logits.shape[-1])
     check_fraction("soft_weight", soft_weight)
     soft = soft_cross_entropy(student_logits, teacher_logits, temperature)
-    hard = optax.softmax_cross_entropy_with_integer_labels(student_logits, labels)
+    hard = optax.softmax_cross_entropy_with_integer_labels(widened(student_logits), labels)
     return soft_weight * soft + (1 - soft_weight) * hard

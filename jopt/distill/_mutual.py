@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.distill._checks import Scalar, check_labels, check_positive
-from jopt.distill._divergences import relative_entropy
+from jopt.distill._checks import Scalar, check_labels, check_positive, widened
+from jopt.distill._divergences import log_distribution, relative_entropy
 
 
 def mutual_loss(logits: jax.Array, labels: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
@@ -24,8 +24,9 @@ def mutual_loss(logits: jax.Array, labels: jax.Array, temperature: Scalar = 1.0)
       Floats of shape (students, ...): sum over students, and average over examples.
 
     Raises:
-      ValueError: there are fewer than two students, the labels do not fit, or a temperature known
-        at trace time is not positive.
+      ValueError: there are fewer than two students, the labels do not fit, a known label is no
+        class, or a known temperature is not positive. A traced label that is no class makes its
+        losses NaN.
       TypeError: the labels are not whole numbers.
 
     Example:
@@ -42,10 +43,11 @@ def mutual_loss(logits: jax.Array, labels: jax.Array, temperature: Scalar = 1.0)
         raise ValueError(
             f"logits must have shape (2 or more students, ..., classes), not {logits.shape}."
         )
-    check_labels(labels, logits.shape[1:-1])
+    check_labels(labels, logits.shape[1:-1], logits.shape[-1])
     check_positive("temperature", temperature)
     students = logits.shape[0]
-    log_probs = jax.nn.log_softmax(logits / temperature, axis=-1)
+    logits = widened(logits)
+    log_probs = log_distribution(logits, temperature)
     others = jax.lax.stop_gradient(log_probs)
     # Row l, column k: KL(p_l || p_k); zero, with a gradient of zero, where l is k.
     pairs = relative_entropy(

@@ -2,8 +2,12 @@
 
     params = {"student": student, "projector": init_projector(key, 64, 256)}
 
-One optax chain trains both; `params["student"]` is what is kept.
+One optax chain trains both; `params["student"]` is what is kept. A chain that prunes as well must
+leave the projector alone: give `jopt.prune.prune_gradually` a `topk_masks` with
+`where="student/.*kernel"`.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +87,7 @@ def resize_maps(features: jax.Array, size: tuple[int, int]) -> jax.Array:
       Floats of shape (examples, *size, channels).
 
     Raises:
-      ValueError: there are not four axes, or a size is below 1.
+      ValueError: there are not four axes, `size` is not two numbers, or one is below 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,6 +99,8 @@ def resize_maps(features: jax.Array, size: tuple[int, int]) -> jax.Array:
         raise ValueError(
             f"features must have shape (examples, height, width, channels), not {features.shape}."
         )
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"size must be (height, width), not {size!r}.")
     if min(size) < 1:
         raise ValueError(f"size must be at least 1 by 1, not {size}.")
     examples, height, width, channels = features.shape

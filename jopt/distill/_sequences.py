@@ -10,8 +10,8 @@ from jopt.distill._checks import (
     check_fraction,
     check_mask,
     check_positive,
-    check_same_shape,
     masked_mean,
+    paired,
     zero_padding,
 )
 from jopt.distill._divergences import kd_loss
@@ -52,13 +52,14 @@ def word_level_loss(
     teacher_logits: jax.Array,
     mask: jax.Array | None = None,
     temperature: Scalar = 1.0,
-    divergence: Callable[[jax.Array, jax.Array, Scalar], jax.Array] = kd_loss,
+    divergence: Callable[..., jax.Array] = kd_loss,
 ) -> jax.Array:
     """Measure how far the student's distribution of each next word is from the teacher's.
 
-    `mean over real tokens of divergence(s, t, T)`; by default `T^2 KL(teacher || student)`. Kim and
-    Rush take the cross-entropy at temperature 1, summed over words: the same gradient up to the
-    number of words, since KL is the cross-entropy less the teacher's entropy, which is constant.
+    `mean over real tokens of divergence(s, t, temperature=T)`; by default
+    `T^2 KL(teacher || student)`. Kim and Rush take the cross-entropy at temperature 1, summed over
+    words: the same gradient up to the number of words, since KL is the cross-entropy less the
+    teacher's entropy, which is constant.
     Logits at position i speak of word i + 1, so a mask of words is shifted by one.
 
     Args:
@@ -66,8 +67,9 @@ def word_level_loss(
       teacher_logits: floats, the same shape; taken as constants.
       mask: booleans, (batch, tokens), True where the word that is predicted counts; None if all do.
       temperature: handed to `divergence`.
-      divergence: a function of student logits, teacher logits and temperature that gives a loss for
-        each position, finite for logits of zero: `kd_loss` or another of its kind.
+      divergence: a function of student logits, teacher logits and `temperature`, by that name, that
+        gives a loss for each position, finite for logits of zero: `kd_loss`, `reverse_kd_loss`,
+        `jensen_shannon_loss` (a `partial` of it for another beta) or another of their kind.
 
     Returns:
       Floats of shape (batch,), one loss for each sequence.
@@ -87,11 +89,10 @@ def word_level_loss(
       Kim, Rush, "Sequence-Level Knowledge Distillation", 2016, https://arxiv.org/abs/1606.07947,
       section 3.1.
     """
-    check_same_shape(student_logits, teacher_logits, "logits", least=3)
-    check_mask(mask, student_logits.shape[:2])
-    student_logits = zero_padding(student_logits, mask)
-    teacher_logits = zero_padding(jax.lax.stop_gradient(teacher_logits), mask)
-    return token_mean(divergence(student_logits, teacher_logits, temperature), mask)
+    student, teacher = paired(student_logits, teacher_logits, "logits", least=3)
+    check_mask(mask, student.shape[:2])
+    student, teacher = zero_padding(student, mask), zero_padding(teacher, mask)
+    return token_mean(divergence(student, teacher, temperature=temperature), mask)
 
 
 def sample_tokens(

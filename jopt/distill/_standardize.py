@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import safe_norm
+from jopt.distill._checks import safe_norm, widened
 
 
 def standardize_logits(logits: jax.Array, epsilon: float = 1e-7) -> jax.Array:
@@ -36,6 +36,7 @@ def standardize_logits(logits: jax.Array, epsilon: float = 1e-7) -> jax.Array:
     """
     if logits.ndim == 0:
         raise ValueError("logits must have shape (..., classes), not ().")
+    logits = widened(logits)
     centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
     deviation = safe_norm(centred, keepdims=True) / logits.shape[-1] ** 0.5
     return centred / (deviation + epsilon)

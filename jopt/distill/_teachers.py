@@ -6,7 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import Scalar, check_positive
+from jopt.distill._checks import (
+    Scalar,
+    check_number,
+    check_positive,
+    check_range,
+    check_whole,
+    widened,
+)
 
 
 def stack_params(params: Sequence[Any]) -> Any:
@@ -60,8 +67,8 @@ def ensemble_logits(
       Floats of shape (..., classes).
 
     Raises:
-      ValueError: there are fewer than two axes, the weights are not one per teacher, or a
-        temperature known at trace time is not positive.
+      ValueError: there are fewer than two axes, the weights are not one per teacher, known ones are
+        negative or all zero, or a known temperature is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,6 +86,7 @@ def ensemble_logits(
             f"teacher_logits must have shape (teachers, ..., classes), not {teacher_logits.shape}."
         )
     check_positive("temperature", temperature)
+    teacher_logits = widened(teacher_logits)
     count = teacher_logits.shape[0]
     if weights is None:
         shares = jnp.full((count,), 1 / count, teacher_logits.dtype)
@@ -87,6 +95,8 @@ def ensemble_logits(
             f"weights must have shape ({count},), one per teacher, not {weights.shape}."
         )
     else:
+        rule = "not be negative, nor all zero"
+        check_number("weights", weights, rule, lambda known: (known >= 0) & (known.sum() > 0))
         shares = (weights / jnp.sum(weights)).astype(teacher_logits.dtype)
     log_probs = jax.nn.log_softmax(teacher_logits / temperature, axis=-1)
     shares = jnp.reshape(shares, (count,) + (1,) * (teacher_logits.ndim - 1))
@@ -109,7 +119,8 @@ def smoothed_label_logits(labels: jax.Array, classes: int, correct: float = 0.9)
       Floats of shape (..., classes).
 
     Raises:
-      ValueError: `classes` or `correct` is out of range.
+      ValueError: `classes`, `correct` or a known label is out of range. A traced label that is no
+        class gives logits of NaN.
       TypeError: the labels are not whole numbers.
 
     Example:
@@ -122,11 +133,13 @@ def smoothed_label_logits(labels: jax.Array, classes: int, correct: float = 0.9)
       Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", 2020,
       https://arxiv.org/abs/1909.11723, section 4.
     """
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be whole numbers, not {labels.dtype}.")
+    check_whole("labels", labels)
     if classes < 2:
         raise ValueError(f"classes must be at least 2, not {classes}.")
+    check_range("labels", labels, classes)
     if not 1 / classes < correct < 1:
         raise ValueError(f"correct must lie between 1/{classes} and 1, not {correct!r}.")
     gap = jnp.log(correct * (classes - 1) / (1 - correct)).astype(jnp.float32)
-    return gap * jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    logits = gap * jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    is_class = (labels >= 0) & (labels < classes)
+    return jnp.where(is_class[..., None], logits, jnp.nan)

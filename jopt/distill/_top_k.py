@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jopt.distill._checks import Scalar, check_positive
+from jopt.distill._checks import Scalar, check_positive, check_range
+from jopt.distill._divergences import log_distribution
 
 _LEVELS = 255
+_LOWEST = -100.0  # log-probability: e^-100 is zero to float32
 
 
 @struct.dataclass
@@ -35,8 +37,9 @@ def top_k_logits(teacher_logits: jax.Array, k: int, temperature: Scalar = 1.0) -
     """Keep the k most probable classes of every example in eight bits each.
 
     The log-probabilities of the softened distribution are divided by `step`, a 255th of the lowest
-    kept, and rounded: an error of at most `step / 2` each. What all the other classes have together
-    is kept exactly.
+    kept, and rounded: an error of at most `step / 2` each. One below -100, such as that of a class
+    forbidden by a logit of -inf, is kept as -100, so that it does not coarsen the others. What all
+    the other classes have together is kept exactly.
 
     Args:
       teacher_logits: floats, (..., classes).
@@ -48,7 +51,8 @@ def top_k_logits(teacher_logits: jax.Array, k: int, temperature: Scalar = 1.0) -
       A `TopKLogits`.
 
     Raises:
-      ValueError: k is out of range, or a temperature known at trace time is not positive.
+      ValueError: k is out of range, or a known temperature is not positive.
+      TypeError: k is no whole number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,11 +65,14 @@ def top_k_logits(teacher_logits: jax.Array, k: int, temperature: Scalar = 1.0) -
       Distillation in LLMs", 2025, https://arxiv.org/abs/2503.16870, who discuss what is lost.
     """
     classes = teacher_logits.shape[-1] if teacher_logits.ndim else 0
+    if not isinstance(k, int):
+        raise TypeError(f"k must be a whole number, not {k!r}.")
     if not 1 <= k <= classes:
         raise ValueError(f"k must lie between 1 and the {classes} classes, not {k}.")
     check_positive("temperature", temperature)
-    log_probs = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature, axis=-1)
+    log_probs = log_distribution(teacher_logits, temperature).astype(jnp.float32)
     values, indices = jax.lax.top_k(log_probs, k)
+    values = jnp.maximum(values, _LOWEST)
     step = jnp.maximum(-values[..., -1] / _LEVELS, jnp.finfo(jnp.float32).tiny)
     codes = jnp.round(-values / step[..., None])
     others = jnp.put_along_axis(log_probs, indices, -jnp.inf, axis=-1, inplace=False)
@@ -86,7 +93,7 @@ def expand_top_k(top: TopKLogits, classes: int) -> jax.Array:
       them in a loss of that temperature, multiply them by it.
 
     Raises:
-      ValueError: there are fewer classes than were kept.
+      ValueError: there are fewer classes than were kept, or a known index of one is no class.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,6 +104,7 @@ def expand_top_k(top: TopKLogits, classes: int) -> jax.Array:
     k = top.indices.shape[-1]
     if classes < k:
         raise ValueError(f"classes must be at least the {k} that were kept, not {classes}.")
+    check_range("top.indices", top.indices, classes)
     values = -top.step[..., None] * top.codes.astype(jnp.float32)
     if classes == k:
         filled = jnp.full((*top.rest.shape, classes), -jnp.inf, jnp.float32)

@@ -8,8 +8,8 @@ from jopt.distill._checks import (
     Scalar,
     check_labels,
     check_mask,
-    check_same_shape,
     masked_mean,
+    paired,
     zero_padding,
 )
 from jopt.distill._divergences import kd_loss
@@ -37,9 +37,11 @@ def triple_loss(
 
     `a * T^2 KL(teacher || student) + b * cross_entropy(s, label) + c * (1 - cos)`, `(a, b, c)`
     being `weights`. Each part is a mean over the real tokens of a sequence, the second over those
-    that have a label; a sequence without a label has none of the second part. The authors average
-    over the tokens of the whole batch, so long sequences weigh more there. The paper does not give
-    the weights: the defaults are those of the training command in the README of the authors' code.
+    that have a label; a sequence without a label has none of the second part, and one with labels
+    is taught by them even where student and teacher agree: the loss is not zero there. The authors
+    average over the tokens of the whole batch, so long sequences weigh more there. The paper does
+    not give the weights: the defaults are those of the training command in the README of the
+    authors' code.
 
     Args:
       student_logits: floats, (batch, tokens, vocabulary).
@@ -56,8 +58,8 @@ def triple_loss(
       Floats of shape (batch,), one loss for each sequence.
 
     Raises:
-      ValueError: the shapes do not fit, there are not three weights, or a temperature known at
-        trace time is not positive.
+      ValueError: the shapes do not fit, there are not three weights, a known label is no word, or a
+        known temperature is not positive.
       TypeError: the labels are not whole numbers, or the mask is not booleans.
 
     Example:
@@ -72,9 +74,9 @@ def triple_loss(
       The authors' code, `--alpha_ce 5.0 --alpha_mlm 2.0 --alpha_cos 1.0`, temperature 2, in
       huggingface/transformers, examples/research_projects/distillation/README.md and train.py.
     """
-    check_same_shape(student_logits, teacher_logits, "logits", least=3)
-    tokens = student_logits.shape[:2]
-    check_labels(labels, tokens)
+    student_logits, teacher_logits = paired(student_logits, teacher_logits, "logits", least=3)
+    tokens, vocabulary = student_logits.shape[:2], student_logits.shape[2]
+    check_labels(labels, tokens, vocabulary, negative=True)
     check_mask(mask, tokens)
     if student_states.shape[:2] != tokens:
         raise ValueError(
@@ -85,7 +87,7 @@ def triple_loss(
         raise ValueError(f"weights must be three, for soft, hard and cosine, not {len(weights)}.")
     soft_weight, hard_weight, cosine_weight = weights
     student_logits = zero_padding(student_logits, mask)
-    teacher_logits = zero_padding(jax.lax.stop_gradient(teacher_logits), mask)
+    teacher_logits = zero_padding(teacher_logits, mask)
     soft = masked_mean(kd_loss(student_logits, teacher_logits, temperature), mask, (1,))
     hard = _masked_word_loss(student_logits, labels, mask)
     cosine = cosine_loss(student_states, teacher_states, mask)

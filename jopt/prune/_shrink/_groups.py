@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jopt._arrays import on_host
 from jopt._trees import Filter, flatten_with_paths, is_floating, is_kernel, select
 from jopt.prune._shrink._axes import Axis, leaves, units
 from jopt.prune._shrink._trace import Apply, Trace, free_leaves, order_of_use, trace
@@ -194,17 +195,6 @@ def unit_scores(
             dtype = jnp.result_type(*parts)
             result[name] = combine(jnp.stack([part.astype(dtype) for part in parts]))
     return result
-
-
-def on_host(array: Any) -> bool:
-    """Say whether an array's values are known here, so that numpy may compute with them.
-
-    There are hundreds of small arrays of as many shapes: XLA would compile for half a minute.
-    """
-    try:
-        return bool(getattr(array, "is_fully_addressable", True))
-    except jax.errors.ConcretizationTypeError:  # under jit the values are not known
-        return False
 
 
 def _refuse_bad_units(groups: Groups, keep: Mapping[str, Any], at_least: int) -> None:

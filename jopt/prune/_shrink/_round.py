@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt.prune._shrink._groups import on_host
+from jopt._arrays import on_host
 
 
 def round_units(
