@@ -71,16 +71,20 @@ def test_density_is_exact_even_with_ties(name, sparsity, seed):
         "a": jnp.round(2 * jax.random.normal(jax.random.key(seed), (9, 11))),
         "b": jnp.zeros((5, 3)),
     }
-    masks = SELECTORS[name](scores, sparsity)
+    try:
+        masks = SELECTORS[name](scores, sparsity)
+    except ValueError:  # a layer would lose every weight; traced, it keeps one
+        masks = jax.jit(SELECTORS[name])(scores, jnp.float32(sparsity))
     kept = {key: int(mask.sum()) for key, mask in masks.items()}
     if name == "layer":
-        assert kept == {"a": 99 - round(99 * sparsity), "b": 15 - round(15 * sparsity)}
+        expected = {"a": 99 - round(99 * sparsity), "b": 15 - round(15 * sparsity)}
+        assert kept == {key: max(count, 1) for key, count in expected.items()}
     else:
-        assert sum(kept.values()) == 114 - round(114 * sparsity)
+        assert sum(kept.values()) == max(114 - round(114 * sparsity), 1)
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
 def test_the_traced_sparsity_gives_the_masks_of_the_static_one(name, sparsity, kernel):
     static = SELECTORS[name]({"kernel": kernel}, sparsity)
     traced = jax.jit(SELECTORS[name])({"kernel": kernel}, jnp.float32(sparsity))
@@ -91,7 +95,7 @@ def test_the_traced_sparsity_gives_the_masks_of_the_static_one(name, sparsity, k
 def test_the_traced_count_is_exact(size, numerator):
     sparsity = np.float32(numerator / 2**24)
     exact = size * numerator / 2**24
-    got = int(pruned_count(size, jnp.asarray(sparsity)))
+    got = int(pruned_count(size, jnp.asarray(sparsity), 0))
     assert abs(got - exact) <= 0.502
 
 
@@ -127,8 +131,8 @@ def test_random_scores_differ_by_key_and_leaf():
 
 def test_leaves_that_are_not_floats_never_lose():
     params = {"ids": jnp.ones((2, 2), int), "kernel": jnp.ones((2, 2))}
-    masks = prune.global_topk_masks(prune.magnitude_scores(params), 1.0)
-    assert bool(masks["ids"]) and not masks["kernel"].any()
+    masks = prune.global_topk_masks(prune.magnitude_scores(params), 0.75)
+    assert bool(masks["ids"]) and masks["kernel"].sum() == 1
     with pytest.raises(TypeError, match="ids: scores must be floating-point arrays"):
         prune.topk_masks(params, 0.5, "ids")
 
@@ -339,3 +343,46 @@ def test_transforms_say_what_they_need(kernel):
             prune.prune_gradually(lambda n: 0.5, every=bad)
     with pytest.raises(ValueError, match="the masks of one transform, not of 0"):
         prune.current_masks(optax.adam(0.1).init(params))
+
+
+def test_a_layer_that_would_lose_every_weight_is_an_error():
+    scores = {"kernel": jnp.ones((4, 3)), "small": jnp.ones((1, 3))}
+    for masks in (prune.topk_masks, prune.output_topk_masks):
+        with pytest.raises(
+            ValueError, match=r"kernel: sparsity 1\.0 keeps 0 of \d+ weights, fewer"
+        ):
+            masks(scores, 1.0)
+        with pytest.raises(ValueError, match=r"small: sparsity 0\.875 keeps 0 of \d weights"):
+            masks(scores, jnp.float32(0.875), where="small")
+        least = jax.jit(lambda level, masks=masks: masks(scores, level))(jnp.float32(1.0))
+        assert least["kernel"].any() and least["small"].any()
+    with pytest.raises(ValueError, match=r"sparsity 1\.0 keeps 0 of 15 weights, fewer than 1\."):
+        prune.global_topk_masks(scores, 1.0)
+    least = jax.jit(lambda level: prune.global_topk_masks(scores, level))(jnp.float32(1.0))
+    assert sum(int(mask.sum()) for mask in least.values()) == 1
+
+
+@pytest.mark.parametrize("wrong", [True, "0.5", None])
+def test_a_sparsity_that_is_no_number_is_named(wrong):
+    scores = {"kernel": jnp.ones((4, 3))}
+    for masks in (prune.output_topk_masks, prune.global_topk_masks):
+        with pytest.raises(TypeError, match=f"sparsity must be a number in .*, not {wrong!r}"):
+            masks(scores, wrong)
+    if wrong is not None:
+        with pytest.raises(TypeError, match=f"sparsity must be a number.*, not {wrong!r}"):
+            prune.topk_masks(scores, wrong)
+
+
+def test_a_budget_is_found_where_the_greatest_sparsity_has_no_masks():
+    params = {"a": jnp.arange(1.0, 41.0).reshape(4, 10)}
+
+    def found(budget):
+        return prune.masks_to_budget(
+            lambda sparsity: prune.topk_masks(params, sparsity, min_kept=3),
+            lambda masks: prune.kept_parameters(params, masks),
+            budget,
+        )
+
+    assert found(7).cost == 7 and found(3).cost == 3
+    with pytest.raises(ValueError, match=r"budget 2 is out of reach: a: sparsity .* keeps 2 of 40"):
+        found(2)

@@ -167,8 +167,11 @@ def test_extremes_narrow_dtypes_and_statistics_that_say_nothing(method):
     pruned, mask, outcome = method(weights, statistics, 0.0)
     assert bool(mask.all()) and outcome.error == 0
     np.testing.assert_array_equal(pruned, weights)
-    pruned, mask, _ = method(weights, statistics, 1.0)
-    assert not mask.any() and not pruned.any()
+    for level in (1.0, jnp.float32(0.999)):
+        with pytest.raises(ValueError, match="keeps 0 of 240 weights, fewer than 1"):
+            method(weights, statistics, level)
+    _, mask, _ = jax.jit(lambda level: method(weights, statistics, level))(jnp.float32(1.0))
+    assert mask.sum() == 1
     unknown = statistics._replace(gram=jnp.full((40, 40), jnp.nan))
     pruned, mask, outcome = method(weights, unknown, 0.5)
     np.testing.assert_array_equal(mask, prune.topk_masks(jnp.abs(weights), 0.5))

@@ -664,7 +664,11 @@ def test_remember_keeps_the_parameters_of_its_step(step):
 
     (_, state), history = jax.lax.scan(advance, (params, tx.init(params)), length=5)
     seen = jnp.concatenate([params["w"][None], history])
-    expected = seen[step] if step < 5 else seen[0]
+    if step >= 5:
+        with pytest.raises(ValueError, match=r"remember\(9\) takes it .* there were 5"):
+            prune.rewound(state)
+        return
+    expected = seen[step]
     np.testing.assert_array_equal(prune.rewound(state)["w"], expected)
     cleared: Any = prune.clear_moments(state, params, {"w": jnp.array([True, False])})
     np.testing.assert_array_equal(prune.rewound(cleared)["w"], expected)
@@ -740,3 +744,62 @@ def test_tickets_start_from_rewound_weights_and_lose_the_smallest(network, image
             expected = prune.global_topk_masks(prune.magnitude_scores(trained), each.sparsity)
             chex.assert_trees_all_equal(each.masks, expected)
         trained = each.params
+
+
+@pytest.mark.parametrize("make", [prune.gradual, prune.prune_gradually])
+def test_schedules_that_ask_for_what_there_is_not_are_refused(make):
+    with pytest.raises(ValueError, match=r"in \[0, 1\), not 1\.0 at update 0"):
+        make(optax.constant_schedule(1.0))
+    with pytest.raises(ValueError, match=r"in \[0, 1\), not 1\.5 at update 100000000"):
+        make(optax.linear_schedule(0.0, 1.5, 50))
+    make(lambda count: count / 10)  # unbounded, but so is no training
+    with pytest.raises(TypeError, match=r"schedule must be a function .*, not 0\.5"):
+        make(0.5)
+
+
+def test_masks_of_other_containers_serve():
+    """Plain dicts, as a file or a search by path gives them, for an nnx State."""
+    params = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    kernel = jnp.array([[True, False], [False, True], [True, True]])
+    masks = {"bias": True, "kernel": kernel}
+    growing = sparse(optax.sgd(1.0), prune.rigl(masks, 9, 1))
+    for tx in (prune.keep_masked(masks), growing):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(params, state, params)
+            params = optax.apply_updates(params, updates)
+        assert jax.tree.structure(prune.current_masks(state)) == jax.tree.structure(params)
+        assert int((params["kernel"][...] != 0).sum()) <= 4
+
+
+def test_moments_in_one_vector_are_cleared():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+    masks = {"a": jnp.array([[True, False, True]]), "b": jnp.array(True)}
+    tx = optax.flatten(optax.adam(0.1))
+    _, state = tx.update(params, tx.init(params), params)
+    cleared = prune.clear_moments(state, params, masks)
+    zeros = np.array([0, 1, 0, 0, 1, 0] + [0] * 4, bool)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(cleared), strict=True):
+        expected = np.where(zeros, 0, before) if np.shape(before) == (10,) else before
+        np.testing.assert_array_equal(after, expected)
+    assert any(np.shape(leaf) == (10,) for leaf in jax.tree.leaves(state))
+
+
+def test_a_copy_that_was_not_taken_is_an_error():
+    tx, params = prune.remember(2), {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for count in range(3):
+        with pytest.raises(ValueError, match=rf"remember\(2\) takes it .* there were {count}"):
+            prune.rewound(state)
+        _, state = tx.update(params, state, {"w": jnp.full(3, float(count))})
+    np.testing.assert_array_equal(prune.rewound(state)["w"], np.full(3, 2))
+
+
+def test_sparsities_out_of_range_stop_before_the_first_training():
+    def train(params, masks, start_step):
+        raise AssertionError("nothing must be trained")
+
+    with pytest.raises(
+        ValueError, match=r"sparsities must lie in \[0, 1\), but they are \[0\.5, 1"
+    ):
+        prune.iterative_pruning(train, {"w": jnp.ones((2, 2))}, 0, [0.5, 1.5])

@@ -12,7 +12,8 @@ from jopt.prune._criterion import Criterion
 from jopt.prune._masks import apply_masks, global_topk_masks
 from jopt.prune._ranking import among_kept
 from jopt.prune._scores import magnitude_scores
-from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, check_every
+from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep
+from jopt.prune._transforms import check_every, check_schedule
 
 
 def cubic_schedule(final: float, begin: int, steps: int, initial: float = 0.0) -> optax.Schedule:
@@ -113,7 +114,7 @@ def gradual(
       A rule for `sparse_training`.
 
     Raises:
-      ValueError: `every` is below 1.
+      ValueError: `every` is below 1, or the schedule starts or settles outside [0, 1).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -130,6 +131,7 @@ def gradual(
       Compression", 2017, https://arxiv.org/abs/1710.01878.
     """
     check_every(every)
+    check_schedule(schedule)
     gathered = _as_criterion(criterion)
 
     def init(params: Any) -> tuple[Any, Any]:

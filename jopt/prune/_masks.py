@@ -8,35 +8,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt._arrays import materialize
+from jopt._arrays import known_values, materialize
 from jopt._leaves import FloatTensor, QTensor, ScaledTensor, is_compressed
 from jopt._trees import Filter, broadcasts_to, flatten_with_paths, is_floating, is_kernel, select
 from jopt.prune._threshold import keep_largest_global, keep_largest_of_leaf
 
 Sparsity = float | jax.Array
+_ARRAYS = (np.ndarray, jax.Array)
 
 
-def pruned_count(size: int, sparsity: Sparsity) -> Any:
+def pruned_count(size: int, sparsity: Sparsity, min_kept: int = 1) -> Any:
     """Return `round(size * sparsity)`, exact for a traced float32 as well.
 
     A float32 product of 25 million and 0.9 is off by an element or two, so a traced sparsity is
     taken as a whole number of 2^-24 and multiplied in integers, in parts of 12 bits.
+
+    Args:
+      size: number of weights.
+      sparsity: fraction to prune, 0 to 1.
+      min_kept: how many must stay, or all where there are fewer: more pruned is an error where the
+        sparsity is known, and not done where it is traced.
+
+    Raises:
+      ValueError: a known sparsity is outside [0, 1] or keeps too few, or it is no scalar.
+      TypeError: it is no number.
     """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.generic, *_ARRAYS)):
+        raise TypeError(f"sparsity must be a number in [0, 1], not {sparsity!r}.")
     if jnp.shape(sparsity) != ():
         raise ValueError(f"sparsity must be a scalar, not of shape {jnp.shape(sparsity)}.")
-    try:
-        known = float(sparsity)
-    except jax.errors.ConcretizationTypeError:
-        known = None  # traced, so that it can only be clipped
-    if known is not None and not 0.0 <= known <= 1.0:
-        raise ValueError(f"sparsity must lie in [0, 1], not {sparsity}.")
-    if isinstance(sparsity, (int, float, np.floating, np.integer)):
-        return round(size * float(sparsity))
+    most = size - min(min_kept, size)
+    known = known_values(sparsity)
+    if known is not None:
+        if not 0.0 <= known <= 1.0:
+            raise ValueError(f"sparsity must lie in [0, 1], not {sparsity}.")
+        count = round(size * float(known))
+        if count > most:
+            raise ValueError(
+                f"sparsity {sparsity} keeps {size - count} of {size} weights, fewer than "
+                f"{min_kept}."
+            )
+        if not isinstance(sparsity, jax.Array):
+            return count
+    sparsity = jnp.asarray(sparsity)  # a traced one can only be clipped
     fraction = jnp.round(jnp.clip(sparsity.astype(jnp.float32), 0, 1) * 2**24).astype(jnp.uint32)
     size_high, size_low = divmod(size, 4096)
     high, low = fraction >> 12, fraction & 4095
     middle = size_high * low + size_low * high + (size_low * low >> 12)
-    return (size_high * high + ((middle + 2048) >> 12)).astype(jnp.int32)
+    count = (size_high * high + ((middle + 2048) >> 12)).astype(jnp.int32)
+    return jnp.minimum(count, most)
 
 
 def scored(scores: Any, where: Filter) -> tuple[list[str], list[Any], list[bool], Any]:
@@ -64,6 +84,8 @@ def _masks_from(kept: list[jax.Array], chosen: list[bool], treedef: Any) -> Any:
 def _sparsity_of_each(sparsity: Any, paths: list[str], chosen: list[bool]) -> list[Sparsity]:
     """Look up the sparsity of every chosen leaf in a tree or a dict of paths, or repeat one."""
     taken = [path for path, take in zip(paths, chosen, strict=True) if take]
+    if isinstance(sparsity, str):
+        raise TypeError(f"sparsity must be a number, or numbers by path, not {sparsity!r}.")
     if isinstance(sparsity, (int, float)) or hasattr(sparsity, "dtype"):
         return [sparsity] * len(taken)
     # A key "conv/kernel" of a dict and the nested keys of a tree are the same path.
@@ -83,23 +105,19 @@ def _check_min_kept(min_kept: int) -> None:
         raise ValueError(f"min_kept must be a whole number, at least 0, not {min_kept!r}.")
 
 
-def _kept_count(path: str, size: int, sparsity: Sparsity, min_kept: int) -> jax.Array:
-    """Return how many entries of a leaf stay; too few are an error if that is known now."""
-    count = size - pruned_count(size, sparsity)
-    if isinstance(count, int):
-        if count < min_kept:
-            raise ValueError(
-                f"{path}: sparsity {sparsity} keeps {count} of {size}, fewer than {min_kept}."
-            )
-        return jnp.asarray(count)
-    return jnp.maximum(count, min(min_kept, size))
+def kept_count(path: str, size: int, sparsity: Sparsity, min_kept: int = 1) -> jax.Array:
+    """Return how many entries of a leaf stay; errors of `pruned_count` name the leaf."""
+    try:
+        return jnp.asarray(size - pruned_count(size, sparsity, min_kept))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def topk_masks(
     scores: Any,
     sparsity: Sparsity | Mapping[str, Any] | Any,
     where: Filter = is_kernel,
-    min_kept: int = 0,
+    min_kept: int = 1,
 ) -> Any:
     """Keep the highest scores of every chosen leaf: the same sparsity in each layer, or its own.
 
@@ -114,7 +132,7 @@ def topk_masks(
       where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
         two or more axes.
       min_kept: how many elements every leaf must keep: fewer are an error, or, where the sparsity
-        is traced, not pruned. 1 makes sure that no layer is lost.
+        is traced, not pruned. With 0 a layer may be lost.
 
     Returns:
       A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
@@ -137,7 +155,7 @@ def topk_masks(
     paths, leaves, chosen, treedef = scored(scores, where)
     each = iter(_sparsity_of_each(sparsity, paths, chosen))
     kept = [
-        keep_largest_of_leaf(leaf, _kept_count(path, leaf.size, next(each), min_kept))
+        keep_largest_of_leaf(leaf, kept_count(path, leaf.size, next(each), min_kept))
         for path, leaf, take in zip(paths, leaves, chosen, strict=True)
         if take
     ]
@@ -151,7 +169,7 @@ def global_topk_masks(
 
     Exactly `round(total * sparsity)` elements are pruned. Of equal scores the one in the earlier
     leaf, then with the lower index, is kept. A layer may lose more than others, even everything
-    unless `min_kept` forbids it.
+    unless `min_kept` forbids it; all layers together keep one element at least.
 
     Args:
       scores: a tree of scores, higher keeps, comparable between leaves.
@@ -165,8 +183,9 @@ def global_topk_masks(
       A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
 
     Raises:
-      ValueError: `sparsity` is outside [0, 1] or leaves fewer elements than `min_kept` for each
-        leaf, or the filter matches nothing. With a traced sparsity those are kept all the same.
+      ValueError: `sparsity` is outside [0, 1], leaves nothing, or fewer elements than `min_kept`
+        for each leaf; or the filter matches nothing. With a traced sparsity those are kept all the
+        same.
       TypeError: a chosen score is not a floating-point array.
 
     Example:
@@ -181,19 +200,18 @@ def global_topk_masks(
     _, leaves, chosen, treedef = scored(scores, where)
     taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
     total = sum(leaf.size for leaf in taken)
-    keep = total - pruned_count(total, sparsity)
-    if not min_kept:
-        return _masks_from(keep_largest_global(taken, jnp.asarray(keep)), chosen, treedef)
     sure = sum(min(min_kept, leaf.size) for leaf in taken)
-    if isinstance(keep, int) and keep < sure:
-        raise ValueError(
-            f"sparsity {sparsity} keeps {keep} of {total}, fewer than min_kept = {min_kept} for "
-            f"each of {len(taken)} leaves."
-        )
+    try:
+        keep = jnp.asarray(total - pruned_count(total, sparsity, max(sure, 1)))
+    except ValueError as error:
+        each = f", min_kept = {min_kept} for each of {len(taken)} leaves" if min_kept else ""
+        raise ValueError(f"{str(error)[:-1]}{each}.") from None
+    if not min_kept:
+        return _masks_from(keep_largest_global(taken, keep), chosen, treedef)
     safe = [keep_largest_of_leaf(leaf, min_kept) for leaf in taken]
     # NaN comes last, so that what is safe does not compete again.
     rest = [jnp.where(mask, jnp.nan, leaf) for mask, leaf in zip(safe, taken, strict=True)]
-    won = keep_largest_global(rest, jnp.asarray(keep - sure))
+    won = keep_largest_global(rest, keep - sure)
     return _masks_from(
         [jnp.logical_or(*pair) for pair in zip(safe, won, strict=True)], chosen, treedef
     )
@@ -256,6 +274,25 @@ def apply_masks(params: Any, masks: Any) -> Any:
         treedef,
         [_masked(*each) for each in zip(paths, leaves, mask_leaves, strict=True)],
     )
+
+
+def masks_like(params: Any, masks: Any) -> Any:
+    """Return masks that fit the parameters as arrays in the parameters' own containers.
+
+    Masks that were saved, or made by path, may be plain dicts where the parameters are a State.
+
+    Raises:
+      ValueError: the trees differ, or a mask does not broadcast to its parameter.
+      TypeError: a mask is not boolean.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> masks_like({"w": jnp.ones(2)}, {"w": True})
+      {'w': Array(True, dtype=bool)}
+    """
+    jax.eval_shape(apply_masks, params, masks)
+    treedef = flatten_with_paths(params)[2]
+    return jax.tree.unflatten(treedef, [jnp.asarray(each) for each in jax.tree.leaves(masks)])
 
 
 def _is_weight(path: str, leaf: Any) -> bool:

@@ -1,11 +1,13 @@
 """Forget what an optimizer gathered for weights that are removed."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jopt._leaves import is_compressed
+from jopt._trees import is_floating
 from jopt.prune._masks import apply_masks
 from jopt.prune._matching import Path, entries, map_matching
 
@@ -27,7 +29,8 @@ def clear_moments(state: Any, params: Any, masks: Any) -> Any:
     """Set to zero what an optimizer's state holds for removed weights.
 
     A part of the state that is a tree like `params` is masked, whatever transform it belongs to:
-    moments, traces, averages, accumulated gradients. In such a part the leaves of another shape
+    moments, traces, averages, accumulated gradients; and so is a vector of all parameters, as
+    `optax.flatten` keeps them. In such a part the leaves of another shape
     (Adafactor's factored moments), and booleans, stay as they are; so does everything else, such as
     counts. Zero is what nearly all transforms start from; but counts go on, so that Adam's first
     step for a weight that grows again has no bias correction of its own: it is
@@ -58,6 +61,24 @@ def clear_moments(state: Any, params: Any, masks: Any) -> Any:
     jax.eval_shape(apply_masks, params, masks)
     pairs = zip(entries(params)[0], jax.tree.leaves(masks), strict=True)
     fits = {path: (param, mask) for (path, param), mask in pairs}
+    if len(fits) > 1:
+        state = _cleared_vectors(state, list(fits.values()))
     return map_matching(
         lambda path, leaf: _cleared(path, leaf, *fits[path]), state, params, _keeps_removed
     )
+
+
+def _cleared_vectors(state: Any, fits: list[tuple[Any, Any]]) -> Any:
+    """Mask the vectors that have an element for each of all parameters, in their order."""
+    total = sum(math.prod(jnp.shape(param)) for param, _ in fits)
+
+    def cleared(leaf: Any) -> Any:
+        if _keeps_removed(leaf) or jnp.shape(leaf) != (total,) or not is_floating(leaf):
+            return leaf
+        masks = [jnp.broadcast_to(mask, jnp.shape(param)).ravel() for param, mask in fits]
+        return jnp.where(jnp.concatenate(masks), leaf, jnp.zeros((), leaf.dtype))
+
+    def is_whole(node: Any) -> bool:
+        return _keeps_removed(node) or is_compressed(node)
+
+    return jax.tree.map(cleared, state, is_leaf=is_whole)

@@ -30,7 +30,7 @@ def split_pattern(sparsity: Sparsity | Pattern) -> tuple[Any, Pattern | None]:
             raise ValueError(f"a pattern must be two numbers (n, m), not {sparsity!r}.")
         return None, sparsity
     if isinstance(sparsity, numbers.Number) or jnp.ndim(sparsity):
-        pruned_count(1, sparsity)  # pyright: ignore[reportArgumentType]
+        pruned_count(1, sparsity, 0)  # pyright: ignore[reportArgumentType]
     return sparsity, None
 
 

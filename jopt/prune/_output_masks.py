@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt._trees import Filter, is_kernel
-from jopt.prune._masks import Sparsity, pruned_count, scored
+from jopt.prune._masks import Sparsity, kept_count, scored
 from jopt.prune._threshold import keep_largest
 
 
@@ -18,8 +18,8 @@ def output_topk_masks(
 ) -> Any:
     """Keep the highest scores of every output: the same sparsity in each column of a kernel.
 
-    Exactly `round(size * sparsity)` of an output's weights are pruned. Of equal scores the one with
-    the lower index (in C order) is kept.
+    Exactly `round(size * sparsity)` of an output's weights are pruned; one stays at least. Of equal
+    scores the one with the lower index (in C order) is kept.
 
     Args:
       scores: a tree of scores, higher keeps.
@@ -34,8 +34,8 @@ def output_topk_masks(
       A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
 
     Raises:
-      ValueError: `sparsity` is outside [0, 1], the filter matches nothing, or a chosen leaf lacks
-        an axis.
+      ValueError: `sparsity` is outside [0, 1] or would take every weight of an output, the filter
+        matches nothing, or a chosen leaf lacks an axis.
       TypeError: a chosen score is not a floating-point array.
 
     Example:
@@ -54,16 +54,18 @@ def output_topk_masks(
     for path, leaf, take in zip(paths, leaves, chosen, strict=True):
         if take and not all(-leaf.ndim <= each < leaf.ndim for each in axes):
             raise ValueError(f"{path}: axis {axis} does not fit scores of shape {leaf.shape}.")
-        masks.append(_by_output(leaf, sparsity, axes) if take else jnp.array(True))
+        masks.append(_by_output(path, leaf, sparsity, axes) if take else jnp.array(True))
     return jax.tree.unflatten(treedef, masks)
 
 
-def _by_output(scores: jax.Array, sparsity: Sparsity, axes: tuple[int, ...]) -> jax.Array:
+def _by_output(
+    path: str, scores: jax.Array, sparsity: Sparsity, axes: tuple[int, ...]
+) -> jax.Array:
     front = tuple(range(len(axes)))
     moved = jnp.moveaxis(scores, axes, front)
     outputs = moved.shape[: len(axes)]
     rows = moved.reshape(*outputs, -1) if scores.size else moved.reshape(*outputs, 0)
-    keep = jnp.asarray(rows.shape[-1] - pruned_count(rows.shape[-1], sparsity))
+    keep = kept_count(path, rows.shape[-1], sparsity)
     kept = _keep_in_rows(rows.reshape(-1, rows.shape[-1]), keep)
     return jnp.moveaxis(kept.reshape(moved.shape), front, axes)
 

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jopt._arrays import known_values
 from jopt.prune._masks import apply_masks, global_topk_masks
 from jopt.prune._ranking import among_kept
 from jopt.prune._scores import magnitude_scores
@@ -18,10 +20,12 @@ class RememberState(NamedTuple):
 
     Attributes:
       count: updates so far.
+      step: updates before the copy is taken.
       snapshot: the parameters as they were before update `step`; until then, those at `init`.
     """
 
     count: jax.Array
+    step: jax.Array
     snapshot: Any
 
     @property
@@ -79,13 +83,15 @@ def remember(step: int) -> optax.GradientTransformation:
 
     def init(params: Any) -> RememberState:
         # Copies, so that a donated buffer of the parameters is not donated twice.
-        return RememberState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params))
+        counts = jnp.zeros((), jnp.int32), jnp.asarray(step, jnp.int32)
+        return RememberState(*counts, jax.tree.map(jnp.array, params))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         need_params(params, "remember")
-        snapshot = jax.lax.cond(state.count == step, lambda: params, lambda: state.snapshot)
+        due = state.count == state.step
+        snapshot = jax.lax.cond(due, lambda: params, lambda: state.snapshot)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, RememberState(count, snapshot)
+        return updates, RememberState(count, state.step, snapshot)
 
     return optax.GradientTransformation(init, update)
 
@@ -100,18 +106,25 @@ def rewound(state: Any) -> Any:
       The parameters.
 
     Raises:
-      ValueError: the state has no copy, or more than one.
+      ValueError: the state has no copy, or more than one, or it was not taken yet: the update after
+        the first `step` takes it.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> rewound((remember(3).init({"w": jnp.array([2.0])}),))
+      >>> rewound((remember(0).init({"w": jnp.array([2.0])}),))
       {'w': Array([2.], dtype=float32)}
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RememberState))
-    found = [node.snapshot for node in nodes if isinstance(node, RememberState)]
+    found = [node for node in nodes if isinstance(node, RememberState)]
     if len(found) != 1:
         raise ValueError(f"state must hold the copy of one `remember`, not of {len(found)}.")
-    return found[0]
+    count, step = known_values(found[0].count), known_values(found[0].step)
+    if count is not None and step is not None and 0 < step and np.any(count <= step):
+        raise ValueError(
+            f"state holds no copy yet: remember({step}) takes it at the update after {step}, but "
+            f"there were {count}."
+        )
+    return found[0].snapshot
 
 
 def iterative_sparsities(final: float, rounds: int) -> list[float]:
@@ -207,7 +220,8 @@ def iterative_pruning(
       no further round is trained.
 
     Raises:
-      ValueError: the sparsities fall, or `start_step` is negative.
+      ValueError: the sparsities fall or are outside [0, 1), or `start_step` is negative: at once,
+        before anything is trained.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -224,6 +238,8 @@ def iterative_pruning(
     """
     if start_step < 0:
         raise ValueError(f"start_step must be 0 or more, not {start_step!r}.")
+    if not all(0.0 <= sparsity < 1.0 for sparsity in sparsities):
+        raise ValueError(f"sparsities must lie in [0, 1), but they are {list(sparsities)}.")
     if any(later < sooner for sooner, later in zip(sparsities, sparsities[1:], strict=False)):
         raise ValueError(f"sparsities must not fall, but they are {list(sparsities)}.")
     return _rounds(train, early, start_step, sparsities, rewind, score, select)

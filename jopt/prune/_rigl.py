@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from jopt._trees import flatten_with_paths
 from jopt.prune._ranking import among, exchange, is_trainable_mask, part_of
-from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, check_every, regularly
+from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, regularly
 from jopt.prune._threshold import keep_largest
+from jopt.prune._transforms import check_every
 
 
 def _rewire(

@@ -81,7 +81,7 @@ def sensitivity(
     figures, sizes = {}, {}
     for index, (path, leaf, take) in enumerate(zip(paths, leaves, chosen, strict=True)):
         if take:
-            masks = [topk_masks({"leaf": leaf}, level, ".*")["leaf"] for level in levels]
+            masks = [topk_masks({"leaf": leaf}, level, ".*", 0)["leaf"] for level in levels]
             figures[path] = np.array([figure(index, mask) for mask in masks])
             sizes[path] = leaf.size
     return Sensitivity(levels, figure(0, dense[0]), figures, sizes)

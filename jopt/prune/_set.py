@@ -9,8 +9,9 @@ import optax
 
 from jopt._trees import flatten_with_paths
 from jopt.prune._ranking import among, exchange, is_trainable_mask, part_of
-from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, check_every, regularly
+from jopt.prune._sparse_training import SparseChange, SparseRule, SparseStep, regularly
 from jopt.prune._threshold import keep_largest
+from jopt.prune._transforms import check_every
 
 
 def _of_largest(weights: jax.Array, among_them: jax.Array, fraction: float) -> jax.Array:

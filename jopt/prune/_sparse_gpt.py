@@ -1,5 +1,6 @@
 """SparseGPT: prune a layer's inputs one after the other, each making up for those before it."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,10 +42,11 @@ def _pruned_before(shape: tuple[int, ...], block: int, sparsity: Any) -> jax.Arr
     groups, features, outputs = shape
     settled = [min(block * index, features) for index in range(-(-features // block) + 1)]
     sizes = [(features * group + rows) * outputs for group in range(groups) for rows in settled]
-    counts = [pruned_count(size, sparsity) for size in sizes]
+    counts = [pruned_count(size, sparsity, 0) for size in sizes]
     if all(isinstance(count, int) for count in counts):
         counts = np.array(counts, np.int32)
-    return jnp.asarray(counts).reshape(groups, len(settled))
+    most = math.prod(shape) - min(1, math.prod(shape))  # one weight stays
+    return jnp.minimum(jnp.asarray(counts), most).reshape(groups, len(settled))
 
 
 def _choosing(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.prune._masks import apply_masks
+from jopt.prune._masks import masks_like
 from jopt.prune._moments import clear_moments
 from jopt.prune._transforms import need_params, project
 
@@ -148,7 +148,7 @@ def sparse_training(
 
     def init(params: Any) -> SparseTrainingState:
         masks, state = rule.init(params)
-        jax.eval_shape(apply_masks, params, masks)
+        masks = masks_like(params, masks)
         return SparseTrainingState(jnp.zeros((), jnp.int32), masks, inner.init(params), state)
 
     @jax.jit  # eager, every step would compile the branches of `cond` again
@@ -192,13 +192,3 @@ def regularly(every: int, end: int | None = None) -> Callable[[jax.Array], jax.A
         return regular if end is None else regular & (count < end)
 
     return due
-
-
-def check_every(every: int) -> None:
-    """Raise unless `every` is a whole number of updates.
-
-    Example:
-      >>> check_every(1)
-    """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of updates, at least 1, not {every!r}.")

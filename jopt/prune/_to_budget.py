@@ -51,8 +51,8 @@ def masks_to_budget(
       The masks, their sparsity and their cost: the dearest seen that fit.
 
     Raises:
-      ValueError: even the greatest sparsity costs more than the budget, or `limits`, `tolerance`
-        or `halvings` is out of range.
+      ValueError: even the greatest sparsity that has masks costs more than the budget, or `limits`,
+        `tolerance` or `halvings` is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,26 +74,34 @@ def masks_to_budget(
             f"tolerance and halvings must be at least 0, not {tolerance!r} and {halvings!r}."
         )
 
-    def attempt(sparsity: float) -> Budgeted:
-        masks = make_masks(sparsity)
+    def measured(masks: Any, sparsity: float) -> Budgeted:
         return Budgeted(masks, sparsity, float(np.asarray(cost(masks))))
 
-    first = attempt(low)
-    if first.cost <= budget:
-        return first
-    best = attempt(high)
-    if not best.cost <= budget:
-        raise ValueError(
-            f"budget {budget} is out of reach: at sparsity {high} the cost is {best.cost}."
-        )
-    for _ in range(halvings):
-        if best.cost >= budget * (1 - tolerance):
-            break
-        found = attempt((low + high) / 2)
+    found = measured(make_masks(low), low)
+    if found.cost <= budget:
+        return found
+    best, reason = None, f"at sparsity {low} the cost is {found.cost}"
+    middle = high
+    for _ in range(halvings + 1):
+        try:
+            masks = make_masks(middle)
+        except ValueError as error:  # a layer would lose every weight
+            high, reason = middle, str(error).rstrip(".")
+            middle = (low + high) / 2
+            continue
+        found = measured(masks, middle)
         if found.cost <= budget:
-            best, high = found, found.sparsity
+            best, high = found, middle
+        elif middle == limits[1]:
+            reason = f"at sparsity {middle} the cost is {found.cost}"
+            break
         else:
-            low = found.sparsity
+            low = middle
+        if best is not None and best.cost >= budget * (1 - tolerance):
+            break
+        middle = (low + high) / 2
+    if best is None:
+        raise ValueError(f"budget {budget} is out of reach: {reason}.")
     return best
 
 

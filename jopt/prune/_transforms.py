@@ -3,7 +3,9 @@
 Both come last in `optax.chain`: they rewrite the finished update, so that whatever momentum, weight
 decay or clipping did before, `optax.apply_updates` lands on an exact zero. The masks live in the
 optimizer's state: they are arguments of the compiled step and not constants in it, and they are
-saved and restored with it.
+saved and restored with it. They see no state but their own, so the moments of removed weights go on
+unused beside them: where these must be forgotten, since weights grow again or the state is kept
+small, wrap the optimizer in `sparse_training`, or call `clear_moments`.
 """
 
 from collections.abc import Callable
@@ -13,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt.prune._masks import apply_masks, global_topk_masks
+from jopt._arrays import known_values
+from jopt.prune._masks import apply_masks, global_topk_masks, masks_like
 from jopt.prune._scores import magnitude_scores
+
+_LATE = (10**8, 10**9)  # updates after which a schedule that settles has settled
 
 
 class KeepMaskedState(NamedTuple):
@@ -38,6 +43,41 @@ def need_params(params: Any, name: str) -> None:
     """
     if params is None:
         raise ValueError(f"{name} needs the parameters: call update(updates, state, params).")
+
+
+def check_every(every: int) -> None:
+    """Raise unless `every` is a whole number of updates.
+
+    Example:
+      >>> check_every(1)
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a whole number of updates, at least 1, not {every!r}.")
+
+
+def check_schedule(schedule: optax.Schedule) -> None:
+    """Raise unless a schedule starts, and settles where it does, at a sparsity in [0, 1).
+
+    What it gives in between is not known before: there a compiled step clips it.
+
+    Raises:
+      ValueError: it starts or settles at another number.
+      TypeError: it is no function.
+
+    Example:
+      >>> check_schedule(lambda count: 1.5)
+      Traceback (most recent call last):
+      ...
+      ValueError: schedule must give sparsities in [0, 1), not 1.5 at update 0.
+    """
+    if not callable(schedule):
+        raise TypeError(f"schedule must be a function of the update's number, not {schedule!r}.")
+    first, late, last = (known_values(schedule(count)) for count in (0, *_LATE))
+    for count, level in ((0, first), (_LATE[0], late if late == last else None)):
+        if level is not None and not 0.0 <= level < 1.0:
+            raise ValueError(
+                f"schedule must give sparsities in [0, 1), not {float(level)} at update {count}."
+            )
 
 
 def project(updates: Any, params: Any, masks: Any) -> Any:
@@ -83,8 +123,7 @@ def keep_masked(masks: Any) -> optax.GradientTransformation:
     """
 
     def init(params: Any) -> KeepMaskedState:
-        jax.eval_shape(apply_masks, params, masks)
-        return KeepMaskedState(jax.tree.map(jnp.asarray, masks))
+        return KeepMaskedState(masks_like(params, masks))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         need_params(params, "keep_masked")
@@ -119,7 +158,8 @@ def prune_gradually(
       state of a chain with `current_masks`.
 
     Raises:
-      ValueError: `every` is below 1, or `update` is called without parameters.
+      ValueError: `every` is below 1, the schedule starts or settles outside [0, 1), or `update` is
+        called without parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -134,8 +174,8 @@ def prune_gradually(
       Zhu, Gupta, "To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model
       Compression", 2017, https://arxiv.org/abs/1710.01878, equation 1.
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of updates, at least 1, not {every!r}.")
+    check_every(every)
+    check_schedule(schedule)
 
     def init(params: Any) -> PruneGraduallyState:
         # Masks of the final shapes from the start, so that the state keeps one structure.
