@@ -90,7 +90,7 @@ def _taylor(run: "Run", params: Tree) -> Tree:
 
 
 def _random(run: "Run", params: Tree) -> Tree:
-    del run
+    del run  # the same units for every seed, of networks that differ
     return prune.random_scores(jax.random.key(0), params)
 
 

@@ -86,7 +86,8 @@ def _each_output(scores: Tree, budgets: dict[str, float]) -> Tree:
         return mask | (score == jnp.max(score, axis=inputs, keepdims=True))
 
     masks = [
-        prune.output_topk_masks(scores, share, re.escape(path)) for path, share in budgets.items()
+        prune.output_topk_masks(scores, share, re.escape(path), min_kept=0)
+        for path, share in budgets.items()
     ]
     return jax.tree.map(best, scores, reduce(partial(jax.tree.map, jnp.logical_and), masks))
 
@@ -107,6 +108,13 @@ def _gradual(name: str, criterion: Any) -> Make:
         return run.gradually(name, criterion, level, dense, seed)
 
     return make
+
+
+def _gradually_random(run: Run, dense: Tree, level: float, seed: int) -> Tree:
+    def criterion(params: Tree) -> Tree:
+        return prune.random_scores(jax.random.key(seed), params)
+
+    return run.gradually(f"random {seed}", criterion, level, dense, seed)
 
 
 def _fresh(run: Run, seed: int) -> Tree:
@@ -183,9 +191,7 @@ ROWS: dict[tuple[str, str], Make] = {
     ("once", "Fisher"): _once(_fisher),
     ("once", "Wanda"): _wanda,
     ("once", "SparseGPT"): _sparse_gpt,
-    ("gradual", "random"): _gradual(
-        "random", lambda params: prune.random_scores(jax.random.key(0), params)
-    ),
+    ("gradual", "random"): _gradually_random,
     ("gradual", "magnitude"): _gradual("magnitude", prune.magnitude_scores),
     ("gradual", "LAMP"): _gradual("LAMP", prune.lamp_scores),
     ("gradual", "movement"): lambda run, dense, level, seed: run.moved(level, dense, seed),
@@ -272,7 +278,7 @@ def take_over(run: Run, found: dict[str, Any], about: dict[str, Any]) -> None:
 
 def smoke(settings: Settings) -> Settings:
     """Shorten everything to an epoch of what little data there then is."""
-    return dataclasses.replace(settings, dense_steps=60, after_steps=60, levels=(0.9,), batch=8)
+    return dataclasses.replace(settings, dense_steps=30, after_steps=30, levels=(0.9,), batch=8)
 
 
 @_parts.goes_on

@@ -25,7 +25,7 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # tests compile far more than they run
-settings.register_profile("jopt", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.register_profile("jopt", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("jopt")
 
 

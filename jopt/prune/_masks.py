@@ -100,7 +100,7 @@ def _sparsity_of_each(sparsity: Any, paths: list[str], chosen: list[bool]) -> li
     return [by_path[path] for path in taken]
 
 
-def _check_min_kept(min_kept: int) -> None:
+def check_min_kept(min_kept: int) -> None:
     if isinstance(min_kept, bool) or not isinstance(min_kept, int) or min_kept < 0:
         raise ValueError(f"min_kept must be a whole number, at least 0, not {min_kept!r}.")
 
@@ -151,7 +151,7 @@ def topk_masks(
       >>> topk_masks(scores, {"kernel": 0.75})["kernel"].sum()
       Array(1, dtype=int32)
     """
-    _check_min_kept(min_kept)
+    check_min_kept(min_kept)
     paths, leaves, chosen, treedef = scored(scores, where)
     each = iter(_sparsity_of_each(sparsity, paths, chosen))
     kept = [
@@ -196,7 +196,7 @@ def global_topk_masks(
       >>> global_topk_masks(scores, 0.5, min_kept=1)
       {'a': Array([[ True, False]], dtype=bool), 'b': Array([[False,  True]], dtype=bool)}
     """
-    _check_min_kept(min_kept)
+    check_min_kept(min_kept)
     _, leaves, chosen, treedef = scored(scores, where)
     taken = [leaf for leaf, take in zip(leaves, chosen, strict=True) if take]
     total = sum(leaf.size for leaf in taken)

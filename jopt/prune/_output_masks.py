@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt._trees import Filter, is_kernel
-from jopt.prune._masks import Sparsity, kept_count, scored
+from jopt.prune._masks import Sparsity, check_min_kept, kept_count, scored
 from jopt.prune._threshold import keep_largest
 
 
@@ -15,11 +15,12 @@ def output_topk_masks(
     sparsity: Sparsity,
     where: Filter = is_kernel,
     axis: int | tuple[int, ...] = -1,
+    min_kept: int = 1,
 ) -> Any:
     """Keep the highest scores of every output: the same sparsity in each column of a kernel.
 
-    Exactly `round(size * sparsity)` of an output's weights are pruned; one stays at least. Of equal
-    scores the one with the lower index (in C order) is kept.
+    Exactly `round(size * sparsity)` of an output's weights are pruned. Of equal scores the one with
+    the lower index (in C order) is kept.
 
     Args:
       scores: a tree of scores, higher keeps.
@@ -29,12 +30,14 @@ def output_topk_masks(
       axis: the axis of outputs, -1 in kernels of dense layers and convolutions; or several, as
         `(-2, -1)` where an attention's outputs are (heads, dimensions), `(0, -1)` where layers are
         stacked on the first.
+      min_kept: how many weights every output must keep: fewer are an error, or, where the sparsity
+        is traced, not pruned. With 0 an output may lose them all.
 
     Returns:
       A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
 
     Raises:
-      ValueError: `sparsity` is outside [0, 1] or would take every weight of an output, the filter
+      ValueError: `sparsity` is outside [0, 1] or leaves an output fewer than `min_kept`, the filter
         matches nothing, or a chosen leaf lacks an axis.
       TypeError: a chosen score is not a floating-point array.
 
@@ -48,24 +51,25 @@ def output_topk_masks(
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024,
       https://arxiv.org/abs/2306.11695, section 3.
     """
+    check_min_kept(min_kept)
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     paths, leaves, chosen, treedef = scored(scores, where)
     masks = []
     for path, leaf, take in zip(paths, leaves, chosen, strict=True):
         if take and not all(-leaf.ndim <= each < leaf.ndim for each in axes):
             raise ValueError(f"{path}: axis {axis} does not fit scores of shape {leaf.shape}.")
-        masks.append(_by_output(path, leaf, sparsity, axes) if take else jnp.array(True))
+        masks.append(_by_output(path, leaf, sparsity, axes, min_kept) if take else jnp.array(True))
     return jax.tree.unflatten(treedef, masks)
 
 
 def _by_output(
-    path: str, scores: jax.Array, sparsity: Sparsity, axes: tuple[int, ...]
+    path: str, scores: jax.Array, sparsity: Sparsity, axes: tuple[int, ...], min_kept: int
 ) -> jax.Array:
     front = tuple(range(len(axes)))
     moved = jnp.moveaxis(scores, axes, front)
     outputs = moved.shape[: len(axes)]
     rows = moved.reshape(*outputs, -1) if scores.size else moved.reshape(*outputs, 0)
-    keep = kept_count(path, rows.shape[-1], sparsity)
+    keep = kept_count(path, rows.shape[-1], sparsity, min_kept)
     kept = _keep_in_rows(rows.reshape(-1, rows.shape[-1]), keep)
     return jnp.moveaxis(kept.reshape(moved.shape), front, axes)
 
