@@ -348,15 +348,13 @@ def test_transforms_say_what_they_need(kernel):
 def test_a_layer_that_would_lose_every_weight_is_an_error():
     scores = {"kernel": jnp.ones((4, 3)), "small": jnp.ones((1, 3))}
     for masks in (prune.topk_masks, prune.output_topk_masks):
-        with pytest.raises(
-            ValueError, match=r"kernel: sparsity 1\.0 keeps 0 of \d+ weights, fewer"
-        ):
+        with pytest.raises(ValueError, match=r"kernel: sparsity 1\.0 keeps 0 of \d+, fewer"):
             masks(scores, 1.0)
-        with pytest.raises(ValueError, match=r"small: sparsity 0\.875 keeps 0 of \d weights"):
+        with pytest.raises(ValueError, match=r"small: sparsity 0\.875 keeps 0 of \d, "):
             masks(scores, jnp.float32(0.875), where="small")
         least = jax.jit(lambda level, masks=masks: masks(scores, level))(jnp.float32(1.0))
         assert least["kernel"].any() and least["small"].any()
-    with pytest.raises(ValueError, match=r"sparsity 1\.0 keeps 0 of 15 weights, fewer than 1\."):
+    with pytest.raises(ValueError, match=r"sparsity 1\.0 keeps 0 of 15, fewer than 1\."):
         prune.global_topk_masks(scores, 1.0)
     least = jax.jit(lambda level: prune.global_topk_masks(scores, level))(jnp.float32(1.0))
     assert sum(int(mask.sum()) for mask in least.values()) == 1

@@ -168,7 +168,7 @@ def test_extremes_narrow_dtypes_and_statistics_that_say_nothing(method):
     assert bool(mask.all()) and outcome.error == 0
     np.testing.assert_array_equal(pruned, weights)
     for level in (1.0, jnp.float32(0.999)):
-        with pytest.raises(ValueError, match="keeps 0 of 240 weights, fewer than 1"):
+        with pytest.raises(ValueError, match="keeps 0 of 240, fewer than 1"):
             method(weights, statistics, level)
     _, mask, _ = jax.jit(lambda level: method(weights, statistics, level))(jnp.float32(1.0))
     assert mask.sum() == 1

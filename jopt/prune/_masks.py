@@ -45,8 +45,7 @@ def pruned_count(size: int, sparsity: Sparsity, min_kept: int = 1) -> Any:
         count = round(size * float(known))
         if count > most:
             raise ValueError(
-                f"sparsity {sparsity} keeps {size - count} of {size} weights, fewer than "
-                f"{min_kept}."
+                f"sparsity {sparsity} keeps {size - count} of {size}, fewer than {min_kept}."
             )
         if not isinstance(sparsity, jax.Array):
             return count
