@@ -192,7 +192,11 @@ def bits_of(tree):
     return [(leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [(name, "linen") for name in TRANSFORMS] + [(name, "nnx") for name in list(TRANSFORMS)[::12]],
+    indirect=["network"],
+)
 def test_jitted_equals_eager_and_the_input_is_untouched(name, network):
     _, params = network
     before = jax.tree.map(jnp.copy, params)

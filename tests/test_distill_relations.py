@@ -126,9 +126,9 @@ def test_relations_do_not_change_with_the_scale_of_the_features(loss, oracle, le
     np.testing.assert_allclose(scaled, loss(STUDENT, TEACHER), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @every_loss
-def test_halves_are_computed_in_single_precision(loss, oracle, least, dtype):
+def test_halves_are_computed_in_single_precision(loss, oracle, least):
+    dtype = jnp.float16
     student, teacher = (jnp.asarray(each).astype(dtype) for each in (200 * STUDENT, TEACHER / 64))
     value, gradient = jax.value_and_grad(lambda s: loss(s, teacher).sum())(student)
     assert value.dtype == jnp.float32 and gradient.dtype == dtype
