@@ -9,6 +9,7 @@ Devlin, Chang, Lee and Toutanova, "BERT: Pre-training of Deep Bidirectional Tran
 Language Understanding", 2019. Weights and words are read from a folder in Hugging Face's layout.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -167,6 +168,12 @@ class BertEncoder(nn.Module):
         for number in range(self.layers):
             x = BertLayer(*rest, name=f"layer{number}")(x, real, train)
         return x
+
+
+def sizes(model: BertEncoder) -> dict[str, float]:
+    """Return the numbers that a model is made of: the same in every process, unlike its `repr`."""
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return {name: value for name, value in fields.items() if isinstance(value, (int, float))}
 
 
 def mean_of_tokens(hidden: Array, real: Array) -> Array:

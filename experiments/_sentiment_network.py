@@ -69,7 +69,8 @@ class Run:
         self.module = _bert.BertClassifier(self.bert.model, texts.num_classes)
         self.group = math.gcd(settings.group, self.bert.model.width, self.bert.model.hidden)
         about = [jopt.__version__, dataclasses.asdict(settings) | {"seeds": None}, texts.source]
-        self.work = work / _checkpoint.digest([*about, len(texts.train[1]), str(self.bert.model)])
+        about += [len(texts.train[1]), _bert.sizes(self.bert.model)]
+        self.work = work / _checkpoint.digest(about)
         self.padding = _padding(self.tokens["train"])
         self.unknown = _bert.token_number(self.tokenizer, ("[MASK]", "[UNK]"))
         self.pool = _distill_training.Pool(

@@ -165,6 +165,17 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     assert len(figures["latency_ms"]) == 6
 
 
+def test_what_names_a_training_is_the_same_in_every_process():
+    """The address of a function in it would forget every checkpoint of a killed run."""
+    one, other = (
+        _bert.BertEncoder(layers=2, activation=lambda x, scale=scale: scale * x)
+        for scale in (1.0, 2.0)
+    )
+    assert _bert.sizes(one) == _bert.sizes(other)
+    assert _bert.sizes(one)["layers"] == 2 and _bert.sizes(one)["width"] == 384
+    assert json.loads(json.dumps(_bert.sizes(one))) == _bert.sizes(one)
+
+
 def test_layers_are_taken_and_words_factorized():
     encoder = _bert.BertEncoder(9, 5, 2, 3, 8, 2, 12)
     module = _bert.BertClassifier(encoder, 2)
