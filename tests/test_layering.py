@@ -12,13 +12,14 @@ ROOT = Path(__file__).parent.parent
 BASE = {"_leaves", "_arrays", "_trees", "layers"}
 ALLOWED = {
     "_leaves": set(),
+    "_files": set(),
     "_arrays": {"_leaves"},
     "_trees": BASE - {"_trees", "layers"},
     "layers": BASE - {"layers"},
     "quant": BASE,
     "prune": BASE,
-    "distill": BASE,
-    "codec": BASE,
+    "distill": BASE | {"_files"},
+    "codec": BASE | {"_files"},
     "cli": BASE | {"quant", "prune", "distill", "codec", "__init__"},
     "__init__": BASE | {"quant", "prune", "distill", "codec"},
 }
