@@ -45,7 +45,9 @@ def plot(rows: list[Row], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
     quantized = [row for row in rows if row["method"]]
-    for method, marker in zip(dict.fromkeys(r["method"] for r in quantized), "oDs^v", strict=False):
+    for method, marker in zip(
+        dict.fromkeys(r["method"] for r in quantized), "oDs^vP", strict=False
+    ):
         own = [row for row in quantized if row["method"] == method]
         bits = [int(row["form"].split()[0]) for row in own]
         axes.plot(

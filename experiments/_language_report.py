@@ -52,6 +52,8 @@ def compressed_plot(rows: list[Row], file: Path) -> None:
         (line,) = left.plot(bits, tests.mean(1), marker=marker, markersize=5, label=method)
         left.fill_between(bits, tests.min(1), tests.max(1), color=line.get_color(), alpha=0.15)
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:,.0f}")
+    left.yaxis.set_minor_formatter("{x:,.0f}")
     left.invert_xaxis()
     left.set_xticks(sorted({int(row["form"].split()[0]) for row in quantized}))
     left.set_xlabel("bits of a kernel's weight, groups of 64")
@@ -64,12 +66,13 @@ def compressed_plot(rows: list[Row], file: Path) -> None:
     for number, method in enumerate(methods):
         own = [row for row in pruned if row["method"] == method]
         places = np.arange(len(forms)) + (number - (len(methods) - 1) / 2) * width
-        right.bar(places, [row["mean_test"] for row in own], 0.9 * width, label=method)
+        above = [100 * (row["mean_test"] / dense - 1) for row in own]
+        right.bar(places, above, 0.9 * width, label=method)
     right.set_xticks(range(len(forms)), forms)
-    right.set_ylabel("perplexity of a test token")
+    right.set_ylabel("perplexity above that of the dense network, %")
     right.set_title("pruned", loc="left", fontsize=10)
+    left.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="float, dense")
     for axis in (left, right):
-        axis.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="float, dense")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     _report.save_plot(figure, file)

@@ -5,7 +5,8 @@
     python -m experiments.embeddings --smoke                 # a trial in a minute
 
 Every kernel is quantized to 8, 4 and 3 bits in groups of 64 inputs, by rounding to nearest and by
-the methods after training, which see a few hundred training sentences; the tables of words and
+the methods after training, which see a few hundred training sentences, and at 4 bits by GPTQ kernel
+after kernel, each for what those before it leave of its inputs; the tables of words and
 places have 8 bits in every row; biases, layer norms and the table of segments stay floats, and the
 results name them. The network is then what its file gives back. Against the float network stand the
 cosine of each sentence's two embeddings, and how many of its ten nearest neighbours among the
@@ -42,12 +43,14 @@ from experiments import (
     _sentences,
     _text,
 )
-from jopt import layers
+from jopt import layers, quant
 
 Tree = Any
 KERNELS = "layer.*/kernel"
 TABLES = "(words|places)/embedding"
 SURE = 0.99  # mean cosine at 4 bits
+IN_ORDER = "GPTQ in order, MSE ranges"
+ORDERED = (4,)  # bits: it is by far the slowest, a pass over the sentences for every kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +107,23 @@ class Run:
             for part, tokens in self.tokens.items()
         }
 
+    def sentences(self, seed: int) -> list[np.ndarray]:
+        """Return batches of training sentences, drawn by a seed."""
+        length, count = self.settings.calibration_length, self.settings.calibration
+        return _sentences.drawn_rows(self.tokenizer, self.texts, seed, length, count)
+
     def statistics(self, seed: int) -> _post_training.Statistics:
         """Return what calibration gathers from training sentences, drawn by a seed."""
-        length, count = self.settings.calibration_length, self.settings.calibration
-        rows = _sentences.drawn_rows(self.tokenizer, self.texts, seed, length, count)
-        return layers.calibrate(self.encode, self.bert.params, rows)
+        return layers.calibrate(self.encode, self.bert.params, self.sentences(seed))
+
+    def in_order(self, bits: int, seed: int) -> tuple[Tree, list[str]]:
+        """Quantize kernel after kernel by GPTQ, each for the inputs that those before it leave."""
+        how = dataclasses.replace(_post_training.spec(bits, self.group), range=quant.mse)
+        params, report = quant.quantize_in_order(
+            self.encode, self.bert.params, self.sentences(seed), how, quant.gptq, KERNELS
+        )
+        lost = [path for path, entry in report.items() if isinstance(entry, str)]
+        return quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), TABLES), lost
 
     def row(self, form: str, method: str, tree: Tree, lost: int) -> dict[str, Any]:
         """Write a network to a file, and compare what comes back with the float network."""
@@ -182,6 +197,8 @@ def measure(run: Run, seed: int, first: bool) -> list[dict[str, Any]]:
         for method, chosen in _post_training.METHODS.items():
             if first or chosen is not None:
                 row(f"{bits} bits", method, partial(quantized, bits, method))
+        if bits in ORDERED:
+            row(f"{bits} bits", IN_ORDER, partial(run.in_order, bits, seed))
     return [done[key] for key in wanted]
 
 

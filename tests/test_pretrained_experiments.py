@@ -107,7 +107,7 @@ def test_embeddings_of_a_checkpoint_on_disk_are_compared(folder, capsys, monkeyp
     figures = json.loads(file.read_text())["figures"]["sentences"]
     whole, *rows = figures["rows"]
     assert whole["overlap"] == [1.0] and whole["mean_test"] > 0.99999
-    assert [row["method"] for row in rows] == list(methods)
+    assert [row["method"] for row in rows] == [*methods, embeddings.IN_ORDER]
     for row in rows:
         assert row["mean_test"] > 0.9 and row["bytes"][0] < whole["bytes"][0]
     assert min(row["mean_test"] for row in rows) < 0.9999
@@ -344,6 +344,11 @@ def test_every_pretrained_network_of_the_readme_is_in_the_results():
     for row in photos["rows"]:
         line = f"| {row['form']} | {row['how']} | {np.mean(row['bytes']):,.0f} | "
         assert f"{line}{row['mean_agreement']:.1%} | {row['mean_sqnr_db']:.1f} dB |" in readme
+    dense, *rows = figures("language_model")["compress"]["rows"]
+    for row in (dense, *rows):
+        line = f"| {row['form']} | {row['method'] or '-'} | {np.mean(row['bytes']):,.0f} | "
+        line += f"{row['mean_test']:.2f} | {row['mean_test'] / dense['mean_test'] - 1:+.1%} |"
+        assert line in readme
     for row in figures("sentiment")["after"]["rows"]:
         line = f"| {row['form']} | {row['method'] or '-'} | {np.mean(row['bytes']):,.0f} | "
         assert f"{line}{100 * row['mean_test']:.2f} % |" in readme
