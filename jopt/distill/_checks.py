@@ -111,15 +111,17 @@ def check_whole(name: str, values: jax.Array) -> None:
         raise TypeError(f"{name} must be whole numbers, not {values.dtype}.")
 
 
-def check_range(name: str, values: jax.Array, stop: int, start: int = 0) -> None:
-    """Raise if whole numbers that are known lie outside [start, stop)."""
+def check_range(name: str, values: jax.Array, stop: int, start: int | None = 0) -> None:
+    """Raise if whole numbers that are known lie outside [start, stop); None is no start."""
     known = known_values(values)
     if known is None or known.size == 0:
         return
     least, most = int(known.min()), int(known.max())
-    if least < start or most >= stop:
-        wrong = least if least < start else most
-        raise ValueError(f"{name} must lie in [{start}, {stop}), but there is {wrong}.")
+    rule = f"be below {stop}" if start is None else f"lie in [{start}, {stop})"
+    if start is not None and least < start:
+        raise ValueError(f"{name} must {rule}, but there is {least}.")
+    if most >= stop:
+        raise ValueError(f"{name} must {rule}, but there is {most}.")
 
 
 def check_labels(
@@ -136,7 +138,7 @@ def check_labels(
     if labels.shape != shape:
         raise ValueError(f"labels must have shape {shape}, one per example, not {labels.shape}.")
     check_whole("labels", labels)
-    check_range("labels", labels, classes, *([-(2**63)] if negative else []))
+    check_range("labels", labels, classes, start=None if negative else 0)
 
 
 def safe_norm(values: jax.Array, axis: int = -1, keepdims: bool = False) -> jax.Array:

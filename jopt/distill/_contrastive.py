@@ -15,7 +15,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jopt.distill._checks import Scalar, check_fraction, check_positive, unit_vectors
+from jopt.distill._checks import (
+    Scalar,
+    check_fraction,
+    check_positive,
+    check_whole,
+    unit_vectors,
+)
 
 
 class ContrastiveState(NamedTuple):
@@ -78,8 +84,7 @@ def contrastive_init(key: jax.Array, examples: int, dims: int) -> ContrastiveSta
 def _check_places(name: str, places: jax.Array, shape: tuple[int, ...]) -> None:
     if places.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, not {places.shape}.")
-    if not jnp.issubdtype(places.dtype, jnp.integer):
-        raise TypeError(f"{name} must be whole numbers, not {places.dtype}.")
+    check_whole(name, places)
 
 
 def contrastive_negatives(

@@ -10,6 +10,7 @@ from jopt.distill._checks import (
     check_fraction,
     check_mask,
     check_positive,
+    check_whole,
     masked_mean,
     paired,
     zero_padding,
@@ -140,8 +141,7 @@ def sample_tokens(
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"prompt must have shape (batch, at least 1), not {prompt.shape}.")
-    if not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise TypeError(f"prompt must be whole numbers, not {prompt.dtype}.")
+    check_whole("prompt", prompt)
     if length < 1:
         raise ValueError(f"length must be at least 1, not {length}.")
     check_positive("temperature", temperature)
