@@ -7,10 +7,11 @@ Everything is a function from a pytree of parameters to a pytree of parameters:
 - `jopt.prune`: zeros instead of weights that do not matter, held there by optax transforms.
 - `jopt.distill`: losses with which a small network learns from a large one.
 - `jopt.codec`: one small file for all of it.
+- `jopt.run`: compressed models that run fast, from their own `apply`.
 - `jopt.materialize`: back to plain arrays, inside the jitted function.
 """
 
-from jopt import codec, distill, layers, prune, quant
+from jopt import codec, distill, layers, prune, quant, run
 from jopt._arrays import materialize, nbytes
 from jopt._leaves import (
     BitTensor,
@@ -40,6 +41,7 @@ __all__ = [
     "nbytes",
     "prune",
     "quant",
+    "run",
     "select",
 ]
 

@@ -11,6 +11,7 @@ from jopt._leaves import (
     BitTensor,
     CodebookTensor,
     FloatTensor,
+    Prepared,
     QTensor,
     RotatedTensor,
     ScaledTensor,
@@ -164,11 +165,13 @@ def materialize(tree: Any) -> Any:
       >>> materialize(tree)
       {'b': Array([1.], dtype=float32), 'w': Array([2., 4.], dtype=float32)}
     """
-    return jax.tree.map(
-        lambda leaf: _RESTORE[type(leaf)](leaf) if is_compressed(leaf) else leaf,
-        tree,
-        is_leaf=is_compressed,
-    )
+    return jax.tree.map(_restored, tree, is_leaf=is_compressed)
+
+
+def _restored(leaf: Any) -> Any:
+    if isinstance(leaf, Prepared):
+        return leaf.restore()
+    return _RESTORE[type(leaf)](leaf) if is_compressed(leaf) else leaf
 
 
 def working_dtype(dtype: Any) -> Any:

@@ -258,6 +258,17 @@ COMPRESSED_CLASSES: tuple[type, ...] = (
 )
 
 
+class Prepared(_Shaped):
+    """Hold a kernel in the order in which a fast product reads it (see `jopt.run.prepare`).
+
+    For running and not for keeping: a file stores the leaf that it was made of.
+    """
+
+    def restore(self) -> jax.Array:
+        """Return the array that this leaf stands for."""
+        raise NotImplementedError
+
+
 def is_compressed(leaf: Any) -> bool:
     """Return whether `leaf` is a compressed leaf; made to be passed as `is_leaf`.
 
@@ -265,4 +276,4 @@ def is_compressed(leaf: Any) -> bool:
       >>> is_compressed(3.0)
       False
     """
-    return isinstance(leaf, COMPRESSED_CLASSES)
+    return isinstance(leaf, (*COMPRESSED_CLASSES, Prepared))

@@ -13,6 +13,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# What runs how is a fixed preference here, no matter of time; kernels have tests of their own.
+os.environ["JOPT_PROBE"] = os.environ["JOPT_NATIVE"] = "0"
+
 # Thousands of small programs are compiled in half of the time by XLA's older emitters.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 

@@ -20,8 +20,9 @@ ALLOWED = {
     "prune": BASE,
     "distill": BASE | {"_files"},
     "codec": BASE | {"_files"},
-    "cli": BASE | {"quant", "prune", "distill", "codec", "__init__"},
-    "__init__": BASE | {"quant", "prune", "distill", "codec"},
+    "run": BASE,
+    "cli": BASE | {"quant", "prune", "distill", "codec", "run", "__init__"},
+    "__init__": BASE | {"quant", "prune", "distill", "codec", "run"},
 }
 MODULES = sorted((ROOT / "jopt").rglob("*.py"))
 
@@ -63,7 +64,7 @@ def test_import_jopt_stays_light():
 def test_every_public_name_is_exported_once_and_documented():
     import jopt
 
-    for module in (jopt, jopt.layers, jopt.quant, jopt.prune, jopt.distill, jopt.codec):
+    for module in (jopt, jopt.layers, jopt.quant, jopt.prune, jopt.distill, jopt.codec, jopt.run):
         assert sorted(module.__all__) == sorted(set(module.__all__))
         for name in module.__all__:
             value = getattr(module, name)

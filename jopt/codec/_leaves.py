@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt._leaves import COMPRESSED_CLASSES, is_compressed
+from jopt._leaves import COMPRESSED_CLASSES, Prepared, is_compressed
 from jopt.codec._errors import CodecError
 from jopt.codec._sections import Sizes, decode_words, encode_words
 from jopt.codec._words import (
@@ -105,6 +105,11 @@ def encode_leaf(leaf: Any, path: str, content: int) -> tuple[list, bytes, int]:
         array = _host_array(leaf, path)
         return _encode_array(array, to_words(array), content)
     name = type(leaf).__name__
+    if isinstance(leaf, Prepared):
+        raise CodecError(
+            f"leaf {path!r} is a {name}, made by jopt.run.prepare for running; store the "
+            f"parameters that were prepared instead."
+        )
     fields = {key: getattr(leaf, key) for key in _CLASSES[name][1]}
     codes, zero_point = (
         None if fields.get(key) is None else _host_array(fields[key], f"{path}.{key}")

@@ -1,12 +1,12 @@
 """Run a traced function with its layers' inputs seen or changed.
 
 `analyse` follows the parameters' views through a jaxpr without computing anything. `evaluate` runs
-the jaxpr equation by equation and calls `visit` with the input of each layer. Functions within
-the jaxpr (jit, remat, scan, custom derivatives) are opened only if there is a layer inside them;
+the jaxpr equation by equation and lets `visit` run the products of layers. Functions within the
+jaxpr (jit, remat, scan, custom derivatives) are opened only if there is a layer inside them;
 otherwise their equation is run as it is, so that their derivative rules and boundaries stay.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct as struct
@@ -18,7 +18,8 @@ from jopt.layers._uses import Use, conv_use, dot_use
 from jopt.layers._views import VIEW_RULES, View, looped, sliced
 
 Views = list[View | None]
-_PRODUCTS = {"dot_general": dot_use, "conv_general_dilated": conv_use}
+Rules = Mapping[str, Callable[[dict[str, Any], Views], Use | str]]
+PRODUCTS: Rules = {"dot_general": dot_use, "conv_general_dilated": conv_use}
 REMAT = {"remat", "remat2", "checkpoint"}
 CALLS = REMAT | {
     "jit",
@@ -47,7 +48,19 @@ class Record:
     scans: tuple[bool, ...] = struct.field(pytree_node=False)
 
 
-Visit = Callable[[Use, jax.Array, dict[str, Any]], tuple[jax.Array, list[Record]]]
+Visit = Callable[[Use, core.JaxprEqn, list[Any], dict[str, Any]], tuple[list[Any], list[Record]]]
+
+
+class How(NamedTuple):
+    """What is done with layers.
+
+    Attributes:
+      visit: `(use, equation, values, extras) -> (outputs, records)`.
+      rules: which operations use a view, by name: how they do, or why they do not.
+    """
+
+    visit: Visit
+    rules: Rules = PRODUCTS
 
 
 class Analysis(NamedTuple):
@@ -87,14 +100,14 @@ def _ended(views: Views, reason: str) -> list[tuple[str, str]]:
     return [(view.path, reason) for view in views if view is not None]
 
 
-def _scan_views(equation: core.JaxprEqn, views: Views) -> tuple[Views, Analysis]:
+def _scan_views(equation: core.JaxprEqn, views: Views, rules: Rules) -> tuple[Views, Analysis]:
     """Return the views inside a scan's body, and what becomes of them."""
     body, _ = _inner(equation)
     consts = equation.params["num_consts"]
     xs = consts + equation.params["num_carry"]
     inside = [looped(view) for view in views[:xs]] + [sliced(view) for view in views[xs:]]
     while True:
-        found = analyse(body, inside)
+        found = analyse(body, inside, rules)
         carried = found.views[: xs - consts]
         kept = [
             view if view == out else None
@@ -111,7 +124,7 @@ def _scan_views(equation: core.JaxprEqn, views: Views) -> tuple[Views, Analysis]
     return inside, Analysis(found.uses, ends, outs + collected)
 
 
-def _analyse_equation(equation: core.JaxprEqn, views: Views) -> Analysis:
+def _analyse_equation(equation: core.JaxprEqn, views: Views, rules: Rules) -> Analysis:
     name = equation.primitive.name
     nothing: Views = [None] * len(equation.outvars)
     if all(view is None for view in views):
@@ -121,24 +134,25 @@ def _analyse_equation(equation: core.JaxprEqn, views: Views) -> Analysis:
         return Analysis([], [] if view else _ended(views, name), [view])
     if name in _ELEMENTWISE_TUPLES:
         return Analysis([], [], views)
-    if name in _PRODUCTS:
-        use = _PRODUCTS[name](equation.params, views)
+    if name in rules:
+        use = rules[name](equation.params, views)
         if isinstance(use, str):
             return Analysis([], _ended(views, use), nothing)
         return Analysis([use], [], nothing)
     if name == "scan":
-        return _scan_views(equation, views)[1]
+        return _scan_views(equation, views, rules)[1]
     if name in CALLS:
-        return analyse(_inner(equation)[0], views)
+        return analyse(_inner(equation)[0], views, rules)
     return Analysis([], _ended(views, name), nothing)
 
 
-def analyse(jaxpr: core.Jaxpr, views: Sequence[View | None]) -> Analysis:
+def analyse(jaxpr: core.Jaxpr, views: Sequence[View | None], rules: Rules = PRODUCTS) -> Analysis:
     """Follow views through a jaxpr.
 
     Args:
       jaxpr: the program.
       views: for each of its inputs a view, or None for what is no parameter.
+      rules: which operations use a view, by name: how they do, or why they do not.
 
     Returns:
       The layers, the ends of other views, and the views among the outputs.
@@ -147,7 +161,7 @@ def analyse(jaxpr: core.Jaxpr, views: Sequence[View | None]) -> Analysis:
     uses: list[Use] = []
     ends: list[tuple[str, str]] = []
     for equation in jaxpr.eqns:
-        found = _analyse_equation(equation, _look_up(known, equation.invars))
+        found = _analyse_equation(equation, _look_up(known, equation.invars), rules)
         uses += found.uses
         ends += found.ends
         known |= _present(equation.outvars, found.views)
@@ -204,11 +218,11 @@ def _check_leading(extras: dict[str, Any], length: int) -> None:
 
 
 def _scan(
-    equation: core.JaxprEqn, values: list[Any], views: Views, visit: Visit, extras: dict[str, Any]
+    equation: core.JaxprEqn, values: list[Any], views: Views, how: How, extras: dict[str, Any]
 ) -> tuple[list[Any], list[Record]]:
     params = equation.params
     body, body_consts = _inner(equation)
-    inside, _ = _scan_views(equation, views)
+    inside, _ = _scan_views(equation, views, how.rules)
     first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
     sliced_extras = {
         view.path: extras[view.path]
@@ -224,7 +238,7 @@ def _scan(
             body_consts,
             [*values[:first], *carry, *slices],
             inside,
-            visit,
+            how,
             extras | slices_of_extras,
         )
         return outs[: last - first], (outs[last - first :], records)
@@ -241,12 +255,12 @@ def _scan(
 
 
 def _call(
-    equation: core.JaxprEqn, values: list[Any], views: Views, visit: Visit, extras: dict[str, Any]
+    equation: core.JaxprEqn, values: list[Any], views: Views, how: How, extras: dict[str, Any]
 ) -> tuple[list[Any], list[Record]]:
     jaxpr, consts = _inner(equation)
 
     def run(values: list[Any], extras: dict[str, Any]) -> tuple[list[Any], list[Record]]:
-        return evaluate(jaxpr, consts, values, views, visit, extras)
+        return evaluate(jaxpr, consts, values, views, how, extras)
 
     if equation.primitive.name in REMAT:
         params = equation.params
@@ -255,18 +269,17 @@ def _call(
 
 
 def _run_equation(
-    equation: core.JaxprEqn, values: list[Any], views: Views, visit: Visit, extras: dict[str, Any]
+    equation: core.JaxprEqn, values: list[Any], views: Views, how: How, extras: dict[str, Any]
 ) -> tuple[list[Any], list[Record], Views]:
-    found = _analyse_equation(equation, views)
+    found = _analyse_equation(equation, views, how.rules)
     name = equation.primitive.name
     if not found.uses:
         return bind(equation, values), [], found.views
-    if name in _PRODUCTS:
-        side = found.uses[0].side
-        values[side], records = visit(found.uses[0], values[side], extras)
-        return bind(equation, values), records, found.views
+    if name in how.rules:
+        outs, records = how.visit(found.uses[0], equation, values, extras)
+        return outs, records, found.views
     runner = _scan if name == "scan" else _call
-    outs, records = runner(equation, values, views, visit, extras)
+    outs, records = runner(equation, values, views, how, extras)
     return outs, records, found.views
 
 
@@ -275,17 +288,17 @@ def evaluate(
     consts: Sequence[Any],
     values: Sequence[Any],
     views: Sequence[View | None],
-    visit: Visit,
+    how: How,
     extras: dict[str, Any],
 ) -> tuple[list[Any], list[Record]]:
-    """Run a jaxpr and let `visit` see and replace the input of each layer.
+    """Run a jaxpr and let `how.visit` run the products of its layers.
 
     Args:
       jaxpr: the program.
       consts: the values of its constants.
       values: the values of its inputs.
       views: for each input a view, or None for what is no parameter.
-      visit: `(use, input, extras) -> (input to go on with, records)`.
+      how: what runs the products, and which operations are products.
       extras: by path what `visit` may want; sliced by a scan that slices the parameter.
 
     Returns:
@@ -301,7 +314,7 @@ def evaluate(
     records: list[Record] = []
     for equation in jaxpr.eqns:
         outs, seen, out_views = _run_equation(
-            equation, read(equation.invars), _look_up(known, equation.invars), visit, extras
+            equation, read(equation.invars), _look_up(known, equation.invars), how, extras
         )
         records += seen
         env |= zip(equation.outvars, outs, strict=True)

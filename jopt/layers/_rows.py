@@ -16,7 +16,7 @@ from jopt.layers._uses import GROUP_AXIS, Layer, Use, Window
 from jopt.layers._views import Atom
 
 
-def _order(atoms: Sequence[Atom], axes: dict[int, int]) -> np.ndarray | None:
+def element_order(atoms: Sequence[Atom], axes: dict[int, int]) -> np.ndarray | None:
     """Return where each element of `axes` (sizes by axis) is among the atoms, None if in order."""
     sizes = [atom.size for atom in atoms]
     steps = np.indices(sizes).reshape(len(atoms), math.prod(sizes))
@@ -96,12 +96,12 @@ def rows_of(use: Use, values: jax.Array) -> jax.Array:
         ]
         rows = values.transpose(*use.input_batch, *others, *layer.input_axes).reshape(sizes)
     rows = _reordered(
-        rows, _order(use.summed, {axis: layer.shape[axis] for axis in layer.contracted}), -1
+        rows, element_order(use.summed, {axis: layer.shape[axis] for axis in layer.contracted}), -1
     )
     leading = {axis: layer.shape[axis] for axis in layer.batch if axis not in layer.scanned}
     if layer.grouped is not None:
         leading[GROUP_AXIS] = layer.groups
-    rows = _reordered(rows, _order(use.batch, leading), 0)
+    rows = _reordered(rows, element_order(use.batch, leading), 0)
     return rows.reshape(*leading.values(), *rows.shape[1:])
 
 
@@ -113,7 +113,9 @@ def with_scans_in_order(use: Use, rows: jax.Array) -> jax.Array:
     depth = len(use.scanned)
     scanned = {axis: layer.shape[axis] for axis in layer.scanned}
     rows = rows.reshape(math.prod(rows.shape[:depth]), *rows.shape[depth:])
-    rows = _reordered(rows, _order([atom for dim in use.scanned for atom in dim], scanned), 0)
+    rows = _reordered(
+        rows, element_order([atom for dim in use.scanned for atom in dim], scanned), 0
+    )
     rows = rows.reshape(*scanned.values(), *rows.shape[1:])
     now = layer.scanned + tuple(axis for axis in layer.batch if axis not in layer.scanned)
     order = [now.index(axis) for axis in layer.batch]

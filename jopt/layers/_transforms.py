@@ -10,7 +10,16 @@ from jax.extend import core
 
 from jopt._arrays import is_compressed
 from jopt._trees import flatten_with_paths, is_kernel
-from jopt.layers._interpret import Analysis, Record, Visit, analyse, evaluate
+from jopt.layers._interpret import (
+    PRODUCTS,
+    Analysis,
+    How,
+    Record,
+    Rules,
+    analyse,
+    bind,
+    evaluate,
+)
 from jopt.layers._rows import rows_of, with_scans_in_order
 from jopt.layers._uses import Layer, Use
 from jopt.layers._views import View, whole
@@ -43,9 +52,9 @@ class LayerTrace(NamedTuple):
     leaves: list[Any]
     out_tree: Any
 
-    def analysis(self) -> Analysis:
+    def analysis(self, rules: Rules = PRODUCTS) -> Analysis:
         """Follow the parameters through the program."""
-        return analyse(self.closed.jaxpr, self.views)
+        return analyse(self.closed.jaxpr, self.views, rules)
 
 
 def _leaf_views(path: str, leaf: Any) -> list[View | None]:
@@ -71,10 +80,10 @@ def _check_apply(apply: Apply) -> None:
         raise TypeError(f"apply must be a function (params, *args) -> outputs, not {apply!r}.")
 
 
-def run_layers(trace: LayerTrace, visit: Visit, extras: dict[str, Any]) -> tuple[Any, list[Record]]:
-    """Run a traced function; `visit` sees and replaces the input of each layer."""
+def run_layers(trace: LayerTrace, how: How, extras: dict[str, Any]) -> tuple[Any, list[Record]]:
+    """Run a traced function; `how.visit` runs the product of each layer."""
     outs, records = evaluate(
-        trace.closed.jaxpr, trace.closed.consts, trace.values, trace.views, visit, extras
+        trace.closed.jaxpr, trace.closed.consts, trace.values, trace.views, how, extras
     )
     return jax.tree.unflatten(trace.out_tree, outs), records
 
@@ -159,11 +168,14 @@ def _concatenated(arrays: list[jax.Array]) -> jax.Array:
 
 
 def record_input(
-    use: Use, values: jax.Array, extras: dict[str, Any]
-) -> tuple[jax.Array, list[Record]]:
-    """Record the input of a layer and leave it as it is."""
+    use: Use, equation: core.JaxprEqn, values: list[Any], extras: dict[str, Any]
+) -> tuple[list[Any], list[Record]]:
+    """Run a layer and record its input."""
     del extras
-    return values, [Record(rows_of(use, values), use, use.scans)]
+    return bind(equation, values), [Record(rows_of(use, values[use.side]), use, use.scans)]
+
+
+RECORD = How(record_input)
 
 
 def layer_inputs(apply: Apply) -> Callable[..., dict[str, jax.Array]]:
@@ -206,7 +218,7 @@ def layer_inputs(apply: Apply) -> Callable[..., dict[str, jax.Array]]:
     def inputs(params: Any, *args: Any) -> dict[str, jax.Array]:
         trace = trace_layers(apply, params, args)
         layers = _by_path(trace.analysis().uses)
-        _, records = run_layers(trace, record_input, {})
+        _, records = run_layers(trace, RECORD, {})
         rows: dict[str, list[jax.Array]] = {
             path: [] for path, found in layers.items() if _conflict(found) is None
         }
@@ -265,8 +277,11 @@ def map_inputs(apply: Apply, change: Change) -> Callable[..., Any]:
     if not callable(change):
         raise TypeError(f"change must be a function (layer, x, extra) -> x, not {change!r}.")
 
-    def visit(use: Use, values: jax.Array, extras: dict[str, Any]) -> tuple[jax.Array, list[Any]]:
-        return _changed(change, use, values, extras), []
+    def visit(
+        use: Use, equation: core.JaxprEqn, values: list[Any], extras: dict[str, Any]
+    ) -> tuple[list[Any], list[Record]]:
+        values[use.side] = _changed(change, use, values[use.side], extras)
+        return bind(equation, values), []
 
     @jax.jit
     def mapped(params: Any, extras: Mapping[str, Any], *args: Any) -> Any:
@@ -275,6 +290,6 @@ def map_inputs(apply: Apply, change: Change) -> Callable[..., Any]:
         unknown = [path for path in extras if path not in layers]
         if unknown:
             raise ValueError(f"extras has {unknown}, not layers; the layers are {list(layers)}.")
-        return run_layers(trace, visit, dict(extras))[0]
+        return run_layers(trace, How(visit), dict(extras))[0]
 
     return mapped

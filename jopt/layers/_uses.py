@@ -101,6 +101,7 @@ class Use(NamedTuple):
       input_batch: the input's batch dimensions, in the order of `batch`.
       batch: the kernel's atoms that have inputs of their own, groups as axis `GROUP_AXIS`.
       summed: the kernel's atoms in the order in which the product sums over them.
+      free: the kernel's atoms that are outputs, in the order in which they come out.
       scanned: the dimensions that scans took off, outermost first.
       scans: as in `View`.
     """
@@ -110,6 +111,7 @@ class Use(NamedTuple):
     input_batch: tuple[int, ...]
     batch: Dim
     summed: Dim
+    free: Dim
     scanned: tuple[Dim, ...]
     scans: tuple[bool, ...]
 
@@ -197,7 +199,14 @@ def _use(
         window=window,
     )
     return Use(
-        layer, side, input_batch, roles.batch_atoms, dims["summed"], view.scanned, view.scans
+        layer=layer,
+        side=side,
+        input_batch=input_batch,
+        batch=roles.batch_atoms,
+        summed=dims["summed"],
+        free=dims["free"],
+        scanned=view.scanned,
+        scans=view.scans,
     )
 
 

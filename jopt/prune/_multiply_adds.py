@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 
 from jopt.layers._interpret import Record, inner_jaxprs
-from jopt.layers._transforms import record_input, run_layers, trace_layers
+from jopt.layers._transforms import RECORD, run_layers, trace_layers
 from jopt.prune._budgets import Shape
 from jopt.prune._to_budget import kept_counts
 
@@ -100,7 +100,7 @@ def multiply_adds(apply: Callable[..., Any], params: Any, *args: Any) -> Multipl
     found = trace_layers(apply, params, args)
 
     def inputs_of_layers(*values: Any) -> list[Record]:
-        return run_layers(found._replace(values=list(values)), record_input, {})[1]
+        return run_layers(found._replace(values=list(values)), RECORD, {})[1]
 
     uses: dict[str, int] = {}
     for record in jax.eval_shape(inputs_of_layers, *found.values):

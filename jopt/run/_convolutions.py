@@ -1,0 +1,157 @@
+"""Convolutions of floats that XLA computes slowly on a CPU, in other ways.
+
+A depthwise convolution is shifted multiply-adds, one with a window of one element is a product of
+matrices, one of few channels a product of matrices of patches. All of them sum the same products as
+the convolution, in another order.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jopt.layers import Window
+from jopt.layers._rows import patches
+from jopt.run import _native
+from jopt.run._forms import native_here
+
+PLAIN = "XLA, convolution"
+_PATCH = 160  # elements of a patch up to which patches are tried: beyond, copies cost too much
+
+
+class Shapes(NamedTuple):
+    """A convolution of channels last: what decides how it is computed.
+
+    Attributes:
+      x: `(images, ..., channels)`.
+      kernel: `(..., channels of a group, outputs)`.
+      window: how the kernel moves; there is one.
+    """
+
+    x: tuple[int, ...]
+    kernel: tuple[int, ...]
+    window: Any
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Return whether each channel has one output, of its own, in two dimensions."""
+        channels = self.x[-1]
+        alone = self.window.feature_group_count == channels and self.kernel[-1] == channels
+        cut = any(low < 0 or high < 0 for low, high in self.window.padding)
+        return alone and len(self.window.size) == 2 and not cut and not self._is_dilated
+
+    @property
+    def _is_dilated(self) -> bool:
+        return any(step != 1 for step in self.window.input_dilation + self.window.kernel_dilation)
+
+
+def channels_last(window: Window) -> bool:
+    """Return whether input, kernel and output have their channels last, as flax has them."""
+    numbers, rank = window.dimension_numbers, len(window.size) + 2
+    last = (0, rank - 1, *range(1, rank - 1))
+    own = (rank - 1, rank - 2, *range(rank - 2))
+    return (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == (last, own, last)
+
+
+def is_product(window: Window) -> bool:
+    """Return whether a convolution multiplies each element's channels by one matrix."""
+    edges = any(low or high for low, high in window.padding)
+    spread = any(step != 1 for step in window.input_dilation + window.kernel_dilation)
+    alone = math.prod(window.size) == 1 and window.feature_group_count == 1
+    return alone and not edges and not spread and channels_last(window)
+
+
+def plain(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve as XLA does."""
+    window = shapes.window
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window.strides,
+        window.padding,
+        window.input_dilation,
+        window.kernel_dilation,
+        window.dimension_numbers,
+        window.feature_group_count,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def pointwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiply every element's channels by one matrix."""
+    strides = shapes.window.strides
+    if any(step > 1 for step in strides):
+        x = x[(slice(None), *(slice(None, None, step) for step in strides))]
+    matrix = kernel.reshape(kernel.shape[-2:])
+    out = lax.dot_general(x.reshape(-1, x.shape[-1]), matrix, (((1,), (0,)), ((), ())))
+    return out.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
+def by_patches(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiply patches of the input by the kernel as one matrix."""
+    rows = patches(x, shapes.window)[0]
+    out = rows @ kernel.reshape(-1, kernel.shape[-1])
+    sizes = jax.eval_shape(partial(plain, shapes), x, kernel).shape
+    return out.reshape(sizes)
+
+
+def shifted(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Add the input times one element of the window after another, shifted."""
+    window = shapes.window
+    sizes = jax.eval_shape(partial(plain, shapes), x, kernel).shape
+    padded = jnp.pad(x, [(0, 0), *window.padding, (0, 0)])
+    total = jnp.zeros(sizes, x.dtype)
+    down, along = window.strides
+    for row in range(window.size[0]):
+        for column in range(window.size[1]):
+            stop = row + down * (sizes[1] - 1) + 1, column + along * (sizes[2] - 1) + 1
+            part = padded[:, row : stop[0] : down, column : stop[1] : along, :]
+            total = total + part * kernel[row, column].reshape(1, 1, 1, -1)
+    return total
+
+
+def _native_depthwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    window = shapes.window
+    strides, padding = window.strides, window.padding
+    return _native.depthwise(
+        x,
+        kernel[:, :, 0],
+        (strides[0], strides[1]),
+        (padding[0], padding[1]),
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def native_depthwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve by the native kernel; derivatives are those of the shifted multiply-adds."""
+    return _native_depthwise(shapes, x, kernel)
+
+
+@native_depthwise.defjvp
+def _native_depthwise_jvp(shapes: Shapes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    tangent = jax.jvp(partial(shifted, shapes), primals, tangents)[1]
+    return native_depthwise(shapes, *primals), tangent
+
+
+Way = Callable[[Shapes, jax.Array, jax.Array], jax.Array]
+
+
+def ways_of(shapes: Shapes) -> dict[str, Way]:
+    """Return the ways to compute a convolution, the one that is preferred unmeasured first."""
+    ways: dict[str, Way] = {}
+    if 0 in shapes.x or 0 in shapes.kernel:
+        return {PLAIN: plain}
+    groups = shapes.window.feature_group_count
+    if shapes.is_depthwise:
+        if native_here() is None:
+            ways["native depthwise"] = native_depthwise
+        ways["XLA, shifted multiply-adds"] = shifted
+    elif is_product(shapes.window):
+        ways["XLA, product of matrices"] = pointwise
+    elif groups == 1 and math.prod(shapes.kernel[:-1]) <= _PATCH:
+        return {PLAIN: plain, "XLA, product of patches": by_patches}
+    return ways | {PLAIN: plain}

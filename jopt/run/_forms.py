@@ -1,0 +1,233 @@
+"""The ways to multiply rows by a matrix: in XLA alone, and by native kernels.
+
+Each is a function `(matrix, rows) -> outputs`, `(..., rows, inputs)` to `(..., rows, outputs)` in
+float32, the axes in front those of the matrix. Inputs are kept as they are, or rounded to int8,
+each row in steps of its largest magnitude / 127 or in a fixed step; sums of integers are exact.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jopt.run import _build, _native
+from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SignMatrix, SparseMatrix
+
+Product = Callable[[Any, jax.Array], jax.Array]
+LONGEST = 1 << 17  # inputs: sums of products of int8 stay within int32
+FLOATS = "XLA, floats"
+
+
+class Form(NamedTuple):
+    """A way to multiply.
+
+    Attributes:
+      name: what `explain` calls it.
+      product: `(matrix, rows) -> outputs`.
+      few: up to how many rows it is taken where nothing was measured.
+    """
+
+    name: str
+    product: Product
+    few: float = math.inf
+
+
+# --- XLA alone ------------------------------------------------------------------------------------
+
+
+def floats(matrix: Matrix, rows: jax.Array) -> jax.Array:
+    """Multiply by the matrix restored."""
+    return _contract(rows, matrix.rows().astype(jnp.float32), jnp.float32)
+
+
+def _contract(rows: jax.Array, matrix: jax.Array, dtype: Any) -> jax.Array:
+    stacked = tuple(range(matrix.ndim - 2))
+    dims = (((rows.ndim - 1,), (matrix.ndim - 1,)), (stacked, stacked))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=dtype)
+
+
+def round_rows(rows: jax.Array, fixed: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Round rows to int8 in steps of their own, or in a fixed one.
+
+    A row that holds a NaN or an infinity has the step NaN, so that its outputs are NaN.
+
+    Args:
+      rows: `(..., rows, inputs)`, float32.
+      fixed: `(..., 1)`, or None.
+
+    Returns:
+      int8 codes of the shape of `rows`, and steps, `(..., rows, 1)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codes, step = round_rows(jnp.array([[1.27, -0.5]]))
+      >>> codes, step.round(4)
+      (Array([[127, -50]], dtype=int8), Array([[0.01]], dtype=float32))
+    """
+    most = jnp.max(jnp.abs(rows), -1, keepdims=True, initial=0.0)
+    if fixed is None:
+        step = most / 127
+        usable = step >= jnp.finfo(jnp.float32).tiny
+        step = jnp.where(usable, step, jnp.where(jnp.isnan(most), jnp.nan, 0))
+        step = jnp.where(jnp.isinf(most), jnp.nan, step)
+    else:
+        step = jnp.broadcast_to(fixed[..., None, :], most.shape)
+        step = jnp.where(jnp.isnan(most) | ~(step > 0), jnp.nan, step)
+    scaled = jnp.where(step > 0, rows / jnp.where(step > 0, step, 1), 0)
+    codes = jnp.clip(jnp.round(scaled), -127, 127)
+    return codes.astype(jnp.int8), step
+
+
+def _integer_dot(codes: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiply int8 by int8, `(..., rows, n)` by `(..., outputs, n)`, exactly."""
+    rows = codes.shape[-2]
+    if rows == 1:  # XLA has a fast product of int8 matrices on a CPU, but none of a vector
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, 1), (0, 0)])
+    return _contract(codes, matrix, jnp.int32)[..., :rows, :]
+
+
+def _grouped_dot(codes: jax.Array, matrix: jax.Array, size: int) -> jax.Array:
+    """Sum products of int8 by groups of inputs, `(..., groups, rows, outputs)`, float32."""
+    groups = matrix.shape[-1] // size
+
+    def split(values: jax.Array) -> jax.Array:
+        spread = values.reshape(*values.shape[:-1], groups, size)
+        return jnp.moveaxis(spread, -2, -3)
+
+    return _integer_dot(split(codes), split(matrix)).astype(jnp.float32)
+
+
+def _by_output(values: jax.Array) -> jax.Array:
+    """Turn `(..., outputs, groups)` into `(..., groups, 1, outputs)`."""
+    return jnp.moveaxis(values, -1, -2)[..., None, :]
+
+
+def _xla_rounded(matrix: Any, rows: jax.Array) -> jax.Array:
+    """Round the inputs, and sum integers by groups of inputs that share a scale."""
+    fixed = matrix.input_scale if isinstance(matrix, Int8Matrix) else None
+    codes, step = round_rows(rows, fixed)
+    if isinstance(matrix, Int4Matrix):
+        weights = matrix.codes().astype(jnp.int8) - 8
+    else:
+        weights = matrix.codes
+    groups = matrix.scale.shape[-1]
+    if groups == 1:
+        sums = _integer_dot(codes, weights).astype(jnp.float32)[..., None, :, :]
+        size = codes.shape[-1]
+    else:
+        size = matrix.group if isinstance(matrix, Int4Matrix) else matrix.inputs // groups
+        fill = [(0, 0)] * (codes.ndim - 1) + [(0, groups * size - codes.shape[-1])]
+        codes, weights = jnp.pad(codes, fill), jnp.pad(weights, fill)
+        sums = _grouped_dot(codes, weights, size)
+    if matrix.zero_point is not None:
+        parts = codes.reshape(*codes.shape[:-1], groups, size).astype(jnp.float32)
+        totals = jnp.moveaxis(parts.sum(-1), -1, -2)[..., None]  # (..., groups, rows, 1)
+        sums = sums - totals * _by_output(matrix.zero_point.astype(jnp.float32))
+    return step * jnp.sum(sums * _by_output(matrix.scale), axis=-3)
+
+
+# --- Native kernels -------------------------------------------------------------------------------
+
+
+def _over_stacked(product: Callable[..., jax.Array], stacked: int) -> Callable[..., jax.Array]:
+    for _ in range(stacked):
+        product = jax.vmap(product)
+    return product
+
+
+def _with_arrays(
+    product: Callable[..., jax.Array], matrix: Matrix, rows: jax.Array, arrays: dict[str, Any]
+) -> jax.Array:
+    """Call a product with the arrays that are there, over the axes that stack matrices."""
+    given = {name: array for name, array in arrays.items() if array is not None}
+
+    def run(rows: jax.Array, given: dict[str, jax.Array]) -> jax.Array:
+        return product(rows, **given)
+
+    return _over_stacked(run, len(matrix.stacked))(rows, given)
+
+
+def _native_int8(matrix: Int8Matrix, rows: jax.Array, rounded: bool) -> jax.Array:
+    zero = None if matrix.zero_point is None else matrix.zero_point[..., 0]
+    fixed = matrix.input_scale if rounded else None
+    arrays = {"codes": matrix.codes, "scale": matrix.scale[..., 0], "zero": zero, "fixed": fixed}
+    return _with_arrays(partial(_native.int8_product, rounded=rounded), matrix, rows, arrays)
+
+
+def _native_int4(matrix: Int4Matrix, rows: jax.Array, rounded: bool) -> jax.Array:
+    product = partial(_native.int4_product, group=matrix.group, rounded=rounded)
+    arrays = {"packed": matrix.packed, "scale": matrix.scale, "table": matrix.table}
+    if rounded or matrix.table is not None:
+        return _with_arrays(product, matrix, rows, arrays | {"zero": matrix.zero_point})
+    levels = jnp.arange(-8, 8, dtype=jnp.float32)
+    arrays["table"] = jnp.broadcast_to(levels, (*matrix.stacked, 1, 16))
+    outputs = _with_arrays(product, matrix, rows, arrays)
+    if matrix.zero_point is None:
+        return outputs
+    shift = matrix.scale * matrix.zero_point.astype(jnp.float32)
+    fill = matrix.group * shift.shape[-1] - rows.shape[-1]
+    filled = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, fill)])
+    totals = filled.reshape(*rows.shape[:-1], shift.shape[-1], matrix.group).sum(-1)
+    return outputs - _contract(totals, shift, jnp.float32)
+
+
+def _native_signs(matrix: SignMatrix, rows: jax.Array) -> jax.Array:
+    arrays = {"bits": matrix.bits, "scale": matrix.scale}
+    return _with_arrays(_native.signs_product, matrix, rows, arrays)
+
+
+def _native_sparse(matrix: SparseMatrix, rows: jax.Array) -> jax.Array:
+    return _native.sparse_product(rows, matrix.values, matrix.columns, matrix.starts)
+
+
+# --- What there is for a matrix -------------------------------------------------------------------
+
+
+def native_here() -> str | None:
+    """Say why native kernels do not run here, or None where they do."""
+    backend = jax.default_backend()
+    return _build.problem() if backend == "cpu" else f"the backend is {backend}, not cpu"
+
+
+def _native_forms(matrix: Matrix, rounded: bool) -> list[Form]:
+    if isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1:
+        if rounded:
+            return [Form("native int8 x int8", partial(_native_int8, rounded=True), 64)]
+        return [Form("native int8 x float", partial(_native_int8, rounded=False), 16)]
+    if isinstance(matrix, Int4Matrix):
+        kind = "int4" if matrix.table is None else "codebook"
+        if rounded:
+            return [Form(f"native {kind} x int8", partial(_native_int4, rounded=True), 64)]
+        return [Form(f"native {kind} x float", partial(_native_int4, rounded=False), 16)]
+    if isinstance(matrix, SignMatrix):
+        return [Form("native signs x float", _native_signs, 16)]
+    if isinstance(matrix, SparseMatrix):
+        return [Form("native sparse x float", _native_sparse)]
+    return []
+
+
+def forms_of(matrix: Matrix, rounded: bool) -> list[Form]:
+    """Return the ways to multiply by a matrix, the one that is preferred unmeasured first.
+
+    Args:
+      matrix: not a `TurnedMatrix`, but what is within it.
+      rounded: whether inputs are rounded to int8; then all ways but the last do so, and the last
+        is there for matrices that have none.
+
+    Returns:
+      At least one.
+    """
+    forms = []
+    if matrix.inputs <= LONGEST:
+        if native_here() is None:
+            forms += _native_forms(matrix, rounded)
+        integers = isinstance(matrix, Int8Matrix) or (
+            isinstance(matrix, Int4Matrix) and matrix.table is None
+        )
+        if rounded and integers:
+            forms.append(Form("XLA, int8 x int8", _xla_rounded))
+    return [*forms, Form(FLOATS, floats)]

@@ -1,0 +1,110 @@
+"""Products by native kernels: plain arrays in, plain arrays out, under jit and vmap.
+
+Weights lie by outputs, `(outputs, inputs)`; x is `(rows, inputs)`, float32. The library must be
+there: `_build.problem()` is None.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _call(target: str, shape: tuple[int, ...], *args: jax.Array, **attributes: Any) -> jax.Array:
+    out = jax.ShapeDtypeStruct(shape, jnp.float32)
+    call = jax.ffi.ffi_call(f"jopt_{target}", out, vmap_method="expand_dims")
+    return call(*args, **attributes)
+
+
+def _or_none(array: jax.Array | None, *shape: int) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32) if array is None else array.astype(jnp.float32)
+
+
+def int8_product(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None = None,
+    fixed: jax.Array | None = None,
+    *,
+    rounded: bool,
+) -> jax.Array:
+    """Multiply by int8 codes; inputs are rounded to int8 by row, by a fixed step, or not at all.
+
+    Args:
+      x: `(rows, inputs)`.
+      codes: int8, `(outputs, inputs)`.
+      scale: `(outputs,)`.
+      zero: `(outputs,)`, or None for 0.
+      fixed: `(1,)`, or None for a step for each row.
+      rounded: whether inputs are rounded.
+    """
+    shape = (x.shape[0], codes.shape[0])
+    ends = _or_none(zero, 0), _or_none(fixed, 0)
+    return _call("int8", shape, x, codes, scale, *ends, round=rounded)
+
+
+def int4_product(
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None = None,
+    table: jax.Array | None = None,
+    *,
+    group: int,
+    rounded: bool,
+) -> jax.Array:
+    """Multiply by packed 4-bit codes, evenly spaced (code - 8 - zero) or indices into tables.
+
+    Args:
+      x: `(rows, inputs)`.
+      packed: uint8, `(outputs, 32 * ceil(inputs / 64))`.
+      scale: `(outputs, groups)`.
+      zero: of scale's shape, or None for 0.
+      table: `(1 or outputs, 16)`, or None; must be given where inputs are not rounded.
+      group: how many codes share a scale.
+      rounded: whether inputs are rounded, and tables with them.
+    """
+    shape = (x.shape[0], packed.shape[0])
+    more = _or_none(zero, 0, 0), _or_none(table, 0, 0)
+    return _call("int4", shape, x, packed, scale, *more, group=np.int64(group), round=rounded)
+
+
+def signs_product(x: jax.Array, bits: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiply by signs, `(outputs, 4 * ceil(inputs / 32))`, uint8."""
+    return _call("signs", (x.shape[0], bits.shape[0]), x, bits, scale)
+
+
+def binary_product(x: jax.Array, bits: jax.Array, scale: jax.Array, inputs: int) -> jax.Array:
+    """Multiply signs by signs, both packed as `pack_bits` does: exact counts."""
+    shape = (x.shape[0], bits.shape[0])
+    return _call("binary", shape, x, bits, scale, inputs=np.int64(inputs))
+
+
+def sparse_product(
+    x: jax.Array, values: jax.Array, columns: jax.Array, starts: jax.Array
+) -> jax.Array:
+    """Multiply by sparse weights in compressed rows by output."""
+    return _call("sparse", (x.shape[0], starts.shape[0] - 1), x, values, columns, starts)
+
+
+def depthwise(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> jax.Array:
+    """Convolve every channel by itself.
+
+    Args:
+      x: float32, `(images, height, width, channels)`.
+      kernel: `(rows, columns, channels)`.
+      strides: along height and width.
+      padding: before and after, along height and width; none is negative.
+    """
+    ends = zip(x.shape[1:3], padding, kernel.shape[:2], strides, strict=True)
+    sizes = [max(0, (size + sum(pad) - length) // step + 1) for size, pad, length, step in ends]
+    before = np.array([padding[0][0], padding[1][0]], np.int64)
+    shape = (x.shape[0], *sizes, x.shape[3])
+    return _call("depthwise", shape, x, kernel, strides=np.array(strides, np.int64), padding=before)

@@ -1,0 +1,249 @@
+"""Decide, for each use of a parameter, what computes it."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from jopt._leaves import is_compressed
+from jopt.layers._interpret import bind
+from jopt.layers._rows import element_order, rows_of
+from jopt.layers._uses import GROUP_AXIS, Use
+from jopt.run import _convolutions, _probe
+from jopt.run._forms import FLOATS, Form, floats, forms_of
+from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SparseMatrix, TurnedMatrix
+from jopt.run._uses import GATHER
+
+PLAIN_DOT, PLAIN_CONV, PLAIN_GATHER = "XLA, dot", _convolutions.PLAIN, "XLA, gather"
+ROWS = "rows of codes"
+_WORTH = 0.95  # of the preferred way's time: less decides for another
+
+
+class Choice(NamedTuple):
+    """What computes one use.
+
+    Attributes:
+      use: which.
+      leaf: the leaf as the caller passed it, or None for floats.
+      form: the name of what computes it.
+      why: why it is not a product of codes, if it is not.
+    """
+
+    use: Use
+    leaf: Any
+    form: str
+    why: str = ""
+
+
+def _in_order(use: Use) -> bool:
+    """Return whether outputs and copies come out in the order of the kernel."""
+    layer = use.layer
+    leading = {axis: layer.shape[axis] for axis in layer.batch if axis not in layer.scanned}
+    if layer.grouped is not None:
+        leading[GROUP_AXIS] = layer.groups
+    free = {axis: layer.shape[axis] for axis in layer.free}
+    return element_order(use.batch, leading) is None and element_order(use.free, free) is None
+
+
+def obstacle(use: Use, leaf: Any) -> str:
+    """Say why a use of a leaf is no product with a matrix; empty where it is one."""
+    layer = use.layer
+    if layer.groups > 1:
+        return "its outputs are in groups with inputs of their own"
+    if layer.window is not None and not _convolutions.is_product(layer.window):
+        return "convolutions with a window are computed with floats"
+    if not isinstance(leaf, Matrix):
+        return "it is not laid out for products: see jopt.run.prepare"
+    contracted = tuple(axis - len(layer.shape) for axis in layer.contracted)
+    if contracted != leaf.contracted:
+        return "it was prepared for a model that sums over other axes"
+    if not _in_order(use):
+        return "a reshape orders its outputs anew"
+    return ""
+
+
+def fastest(name: str, forms: Sequence[Form], shapes: tuple[Any, ...], rows: int) -> Form:
+    """Return the form to take: measured here, or by preference where nothing is measured."""
+    if len(forms) == 1:
+        return forms[0]
+    preferred = next((form for form in forms if rows <= form.few), forms[-1])
+    if not _probe.is_on():
+        return preferred
+    seconds = _probe.seconds_of(name, {form.name: form.product for form in forms}, shapes)
+    best = min(forms, key=lambda form: seconds[form.name])
+    worth = seconds[best.name] <= _WORTH * seconds[preferred.name]
+    return best if worth else preferred
+
+
+def _aval_of(equation: core.JaxprEqn) -> Any:
+    """Return the shape and dtype of what an operation computes."""
+    return equation.outvars[0].aval
+
+
+def _aval(array: Any) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def form_for(matrix: Matrix, rows: Any, rounded: bool) -> Form:
+    """Return how to multiply rows, `(..., count, inputs)`, by a matrix."""
+    forms = forms_of(matrix, rounded)
+    count = rows.shape[-2]
+    if isinstance(matrix, SparseMatrix) or 0 in rows.shape or matrix.outputs == 0:
+        return forms[0] if 0 not in rows.shape and matrix.outputs else forms[-1]
+    shapes = jax.tree.map(_aval, matrix), _aval(rows)
+    sizes = [f"{type(matrix).__name__}{matrix.shape}"]
+    sizes += [f"{array.dtype}{array.shape}" for array in jax.tree.leaves(matrix)]
+    return fastest(f"{' '.join(sizes)} by {rows.shape}", forms, shapes, count)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(matrix: Any, rows: jax.Array, form: Form) -> jax.Array:
+    return form.product(matrix, rows)
+
+
+@_product.defjvp
+def _product_jvp(form: Form, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # The derivative of the product of floats: rounding passes it straight through.
+    return _product(*primals, form), jax.jvp(floats, primals, tangents)[1]
+
+
+def multiply(leaf: Matrix, rows: jax.Array, rounded: bool) -> tuple[jax.Array, str]:
+    """Multiply rows by a matrix in the fastest way, and say which it was.
+
+    Args:
+      leaf: a matrix, perhaps turned.
+      rows: `(..., count, inputs)`.
+      rounded: whether inputs are rounded to int8.
+
+    Returns:
+      `(..., count, outputs)`, float32.
+    """
+    rows = rows.astype(jnp.float32)
+    matrix = leaf
+    if isinstance(leaf, TurnedMatrix):
+        rows, matrix = leaf.turned(rows), leaf.matrix
+    form = form_for(matrix, rows, rounded)
+    if form.name == FLOATS:
+        return floats(matrix, rows), form.name
+    return _product(matrix, rows, form), form.name
+
+
+def _dot(use: Use, equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded: bool) -> Any:
+    out = _aval_of(equation)
+    rows = rows_of(use, x)
+    values, name = multiply(leaf, rows, rounded)
+    layer = use.layer
+    taken = (*use.input_batch, *layer.input_axes)
+    others = tuple(x.shape[axis] for axis in range(x.ndim) if axis not in taken)
+    batch = tuple(x.shape[axis] for axis in use.input_batch)
+    free = tuple(out.shape[len(batch) + len(others) :])
+    if use.side == 1:
+        free = tuple(out.shape[len(batch) : len(out.shape) - len(others)])
+        values = values.swapaxes(-1, -2)
+        sizes = (*batch, *free, *others)
+    else:
+        sizes = (*batch, *others, *free)
+    return values.reshape(sizes).astype(out.dtype), name
+
+
+def _conv(equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded: bool) -> Any:
+    """Multiply the channels of every element that a window of one element sees."""
+    out = _aval_of(equation)
+    strides = equation.params["window_strides"]
+    taken = x[(slice(None), *(slice(None, None, step) for step in strides))]
+    values, name = multiply(leaf, taken.reshape(-1, taken.shape[-1]), rounded)
+    return values.reshape(out.shape).astype(out.dtype), name
+
+
+def _float_conv(use: Use, equation: core.JaxprEqn, values: list[Any]) -> tuple[Any, str]:
+    """Convolve floats in the fastest way."""
+    x, kernel = values
+    out, window = _aval_of(equation), use.layer.window
+    single = x.dtype == kernel.dtype == out.dtype == jnp.float32
+    if jax.default_backend() != "cpu" or not single or window is None:
+        return None, PLAIN_CONV
+    if not _convolutions.channels_last(window):
+        return None, PLAIN_CONV
+    shapes = _convolutions.Shapes(x.shape, kernel.shape, window)
+    ways = _convolutions.ways_of(shapes)
+    forms = [Form(name, partial(way, shapes)) for name, way in ways.items()]
+    form = fastest(f"convolution {shapes}", forms, (_aval(x), _aval(kernel)), 1)
+    if form.name == PLAIN_CONV:
+        return None, PLAIN_CONV
+    return form.product(x, kernel), form.name
+
+
+def _gathered(equation: core.JaxprEqn, leaf: Any, indices: jax.Array) -> jax.Array | None:
+    """Look rows of codes up, and restore those rows only."""
+    if isinstance(leaf, (Int8Matrix, Int4Matrix)) and leaf.contracted == (-1,):
+        if leaf.stacked or leaf.shape != (leaf.outputs, leaf.inputs):
+            return None
+    else:
+        return None
+    mode = equation.params["mode"]
+    count = leaf.shape[0]
+    at = indices[..., 0].astype(jnp.int32)
+    inside = jnp.clip(at, 0, count - 1)
+    shared = ("table",) if isinstance(leaf, Int4Matrix) and _one_table(leaf) else ()
+    rows = jax.tree.map(lambda array: jnp.take(array, inside.ravel(), axis=0, mode="clip"), leaf)
+    if shared:
+        rows = rows.replace(table=leaf.table)  # pyright: ignore[reportAttributeAccessIssue]
+    rows = rows.replace(trailing=(at.size, leaf.inputs))  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(leaf, Int8Matrix):
+        rows = rows.replace(input_scale=None)
+    values = rows.rows().reshape(*at.shape, leaf.inputs)
+    if mode == lax.GatherScatterMode.FILL_OR_DROP:
+        fill = equation.params["fill_value"]
+        fill = jnp.nan if fill is None else fill
+        values = jnp.where((at == inside)[..., None], values, jnp.asarray(fill, values.dtype))
+    out = _aval_of(equation)
+    offset = equation.params["dimension_numbers"].offset_dims
+    if tuple(offset) != (len(out.shape) - 1,):
+        values = jnp.moveaxis(values, -1, offset[0])
+    return values.astype(out.dtype)
+
+
+def _one_table(leaf: Int4Matrix) -> bool:
+    return leaf.table is not None and leaf.table.shape[-2] == 1
+
+
+def run_use(
+    use: Use, equation: core.JaxprEqn, values: list[Any], leaf: Any, rounded: bool
+) -> tuple[list[Any], Choice]:
+    """Compute one use of a parameter.
+
+    Args:
+      use: which.
+      equation: the operation.
+      values: its inputs, the kernel as floats.
+      leaf: the compressed leaf that the kernel is, or None where it is floats.
+      rounded: whether inputs are rounded to int8.
+
+    Returns:
+      The outputs, and what computed them.
+    """
+    layer = use.layer
+    if layer.kind == GATHER:
+        out = _gathered(equation, leaf, values[1]) if is_compressed(leaf) else None
+        if out is not None:
+            return [out], Choice(use, leaf, ROWS)
+        why = "it is not laid out by rows: see jopt.run.prepare" if is_compressed(leaf) else ""
+        return bind(equation, values), Choice(use, leaf, PLAIN_GATHER, why)
+    why = ""
+    if is_compressed(leaf):
+        why = obstacle(use, leaf)
+        if not why:
+            x = values[use.side]
+            if layer.kind == "conv":
+                out, name = _conv(equation, leaf, x, rounded)
+            else:
+                out, name = _dot(use, equation, leaf, x, rounded)
+            return [out], Choice(use, leaf, name)
+    if layer.kind == "conv":
+        out, name = _float_conv(use, equation, values)
+        return [out] if out is not None else bind(equation, values), Choice(use, leaf, name, why)
+    return bind(equation, values), Choice(use, leaf, PLAIN_DOT, why)

@@ -1,0 +1,389 @@
+"""Lay compressed kernels out once as the matrices that fast products read."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jopt._arrays import dtype_bits, expand_blocks, known_values, materialize
+from jopt._leaves import (
+    BitTensor,
+    CodebookTensor,
+    FloatTensor,
+    Prepared,
+    QTensor,
+    RotatedTensor,
+    ScaledTensor,
+    is_compressed,
+)
+from jopt._trees import flatten_with_paths, is_kernel
+from jopt.layers import Layer
+from jopt.run._convolutions import is_product
+from jopt.run._forms import native_here
+from jopt.run._matrices import (
+    BLOCK,
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+    SignMatrix,
+    SparseMatrix,
+    TurnedMatrix,
+    pack4,
+    pack_bits,
+)
+from jopt.run._uses import Apply, dense_avals, trace_uses
+
+SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
+_ENTRIES = 16  # of a table that 4 bits index
+
+
+class Axes(NamedTuple):
+    """What the axes of a kernel are.
+
+    Attributes:
+      stacked: how many axes in front stack kernels.
+      contracted: the inputs, ascending.
+    """
+
+    stacked: int
+    contracted: tuple[int, ...]
+
+    def order(self, rank: int) -> list[int]:
+        """Return the axes in the order of the matrix: stacked, outputs, inputs."""
+        return [axis for axis in range(rank) if axis not in self.contracted] + [*self.contracted]
+
+    def as_matrix(self, array: jax.Array) -> jax.Array:
+        """Lay an array of the kernel's shape out as `(stacked..., outputs, inputs)`."""
+        inputs = math.prod(array.shape[axis] for axis in self.contracted)
+        stacked = array.shape[: self.stacked]
+        outputs = math.prod(
+            size
+            for axis, size in enumerate(array.shape)
+            if axis >= self.stacked and axis not in self.contracted
+        )
+        moved = array.transpose(self.order(array.ndim))
+        return moved.reshape(*stacked, outputs, inputs)
+
+    def statics(self, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
+        """Return what a matrix says of the kernel."""
+        return {
+            "trailing": tuple(shape[self.stacked :]),
+            "contracted": tuple(axis - len(shape) for axis in self.contracted),
+            "dtype": jnp.dtype(dtype),
+        }
+
+
+def axes_of(layers: tuple[Layer, ...]) -> Axes | str:
+    """Return what the axes of a kernel are in all of its uses, or why there is no one matrix."""
+    found = {(layer.contracted, layer.batch, layer.groups) for layer in layers}
+    if len(found) > 1:
+        return "its uses sum over different axes"
+    contracted, batch, groups = found.pop()
+    if groups > 1:
+        return "its outputs are in groups with inputs of their own"
+    if batch != tuple(range(len(batch))):
+        return "the axes that stack kernels are not its first"
+    return Axes(len(batch), contracted)
+
+
+def _by_runs(values: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    """Spread one value a block of the kernel to one a run of inputs, `(..., outputs, groups)`.
+
+    Args:
+      values: as many axes as the kernel, each dividing it, as the scale of a `QTensor`.
+      shape: of the kernel.
+      axes: what its axes are.
+    """
+    counted = [axis for axis in axes.contracted if values.shape[axis] > 1]
+    last = counted[-1] if counted else -1
+    target = tuple(
+        values.shape[axis] if axis in axes.contracted and axis >= last else size
+        for axis, size in enumerate(shape)
+    )
+    return axes.as_matrix(expand_blocks(values, target))
+
+
+def _group(inputs: int, groups: int) -> int | None:
+    """Return how many inputs share a scale, as packed codes need it, or None where they cannot."""
+    if groups == 1:
+        return -(-max(inputs, 1) // BLOCK) * BLOCK
+    group = inputs // groups
+    return group if group == BLOCK // 2 or group % BLOCK == 0 else None
+
+
+def _integers(leaf: QTensor, axes: Axes, input_scale: jax.Array | None) -> Matrix | str:
+    shape, bits = leaf.codes.shape, dtype_bits(leaf.codes.dtype)
+    if bits > 8:
+        return f"its codes have {bits} bits"
+    wide = leaf.codes.astype(jnp.int32)
+    codes = axes.as_matrix(wide)
+    scale = _by_runs(leaf.scale.astype(jnp.float32), shape, axes)
+    unsigned = jnp.issubdtype(leaf.codes.dtype, jnp.unsignedinteger)
+    zero = None
+    if leaf.zero_point is not None:
+        zero = leaf.zero_point.astype(jnp.float32)
+        zero = _by_runs(jnp.broadcast_to(zero, leaf.scale.shape), shape, axes)
+    group = _group(codes.shape[-1], scale.shape[-1])
+    statics = axes.statics(shape, leaf.dtype)
+    if bits <= 4 and group is not None:
+        middle = 8
+        if unsigned:
+            zero = (jnp.zeros_like(scale) if zero is None else zero) - middle
+        packed = pack4(codes if unsigned else codes + middle)
+        return Int4Matrix(packed, scale, zero, None, group=group, **statics)
+    if unsigned and bits == 8:
+        codes, middle = codes - 128, 128
+        zero = (jnp.zeros_like(scale) if zero is None else zero) - middle
+    return Int8Matrix(codes.astype(jnp.int8), scale, zero, input_scale, **statics)
+
+
+def _table(leaf: CodebookTensor, axes: Axes) -> Matrix | str:
+    *counts, entries = leaf.codebook.shape
+    if entries > _ENTRIES:
+        return f"its table has {entries} entries; kernels look up {_ENTRIES} at most"
+    if any(counts[axis] > 1 for axis in axes.contracted):
+        return "an output has several tables"
+    shape = leaf.codes.shape
+    if leaf.scale is None:
+        scale = jnp.ones((*(1 for _ in shape),), jnp.float32)
+    else:
+        scale = leaf.scale.astype(jnp.float32)
+    scale = _by_runs(scale, shape, axes)
+    group = _group(math.prod(shape[axis] for axis in axes.contracted), scale.shape[-1])
+    if group is None:
+        return "its scales are not for 32 inputs or a multiple of 64"
+    tables = jnp.pad(
+        leaf.codebook.astype(jnp.float32), [(0, 0)] * len(counts) + [(0, _ENTRIES - entries)]
+    )
+    shared = all(count == 1 for count in counts[axes.stacked :])
+    if shared:
+        stacked = shape[: axes.stacked]
+        full = (*stacked, *(1 for _ in shape[axes.stacked :]), _ENTRIES)
+        tables = jnp.broadcast_to(tables, full).reshape(*stacked, 1, _ENTRIES)
+    else:
+        whole = tuple(1 if axis in axes.contracted else size for axis, size in enumerate(shape))
+        one = Axes(axes.stacked, axes.contracted)
+        each = [expand_blocks(tables[..., entry], whole) for entry in range(_ENTRIES)]
+        tables = jnp.concatenate([one.as_matrix(every) for every in each], axis=-1)
+    packed = pack4(axes.as_matrix(leaf.codes.astype(jnp.int32)))
+    statics = axes.statics(shape, leaf.dtype)
+    return Int4Matrix(packed, scale, None, tables, group=group, **statics)
+
+
+def _signs(leaf: BitTensor, axes: Axes) -> Matrix | str:
+    if any(leaf.scale.shape[axis] > 1 for axis in axes.contracted):
+        return "an output has several scales"
+    ones = jnp.ones((1,) * leaf.ndim, jnp.float32)
+    flags = materialize(leaf.replace(scale=ones)) > 0  # pyright: ignore[reportAttributeAccessIssue]
+    scale = _by_runs(leaf.scale.astype(jnp.float32), leaf.shape, axes)[..., 0]
+    statics = axes.statics(leaf.shape, leaf.dtype)
+    return SignMatrix(pack_bits(axes.as_matrix(flags)), scale, **statics)
+
+
+def _along_inputs(values: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array | None:
+    """Return one value for each input, `(stacked..., inputs)`, where outputs share them."""
+    free = [a for a in range(axes.stacked, len(shape)) if a not in axes.contracted]
+    if any(values.shape[axis] > 1 for axis in free):
+        return None
+    whole = tuple(1 if axis in free else size for axis, size in enumerate(shape))
+    return axes.as_matrix(expand_blocks(values, whole))[..., 0, :]
+
+
+def _scaled(leaf: ScaledTensor, axes: Axes, input_scale: jax.Array | None) -> Matrix | str:
+    inner = matrix_of(leaf.tensor, axes, input_scale)
+    factor = _along_inputs(leaf.factor.astype(jnp.float32), leaf.shape, axes)
+    if isinstance(inner, str):
+        return inner
+    if factor is None:
+        return "its factors are not by input"
+    if isinstance(inner, TurnedMatrix):
+        if inner.factor is not None:
+            factor = factor * inner.factor
+        return TurnedMatrix(inner.matrix, factor, inner.signs)
+    return TurnedMatrix(inner, factor)
+
+
+def _rotated(leaf: RotatedTensor, axes: Axes, input_scale: jax.Array | None) -> Matrix | str:
+    inner = matrix_of(leaf.tensor, axes, input_scale)
+    if isinstance(inner, str):
+        return inner
+    if isinstance(inner, TurnedMatrix):
+        return "it is scaled or rotated before it is rotated"
+    if axes.contracted != (leaf.ndim - 2,):
+        return "it is rotated along one of its inputs only"
+    signs = _along_inputs(leaf.signs, leaf.shape, axes)
+    return "its signs are not by input" if signs is None else TurnedMatrix(inner, None, signs)
+
+
+def matrix_of(leaf: Any, axes: Axes, input_scale: jax.Array | None = None) -> Matrix | str:
+    """Lay a compressed leaf out as a matrix, or say why there is none for it.
+
+    Args:
+      leaf: a compressed leaf.
+      axes: what its axes are.
+      input_scale: the step of its inputs, or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> leaf = QTensor(jnp.array([[1, 2], [3, 4], [5, 6]], jnp.int8), jnp.ones((1, 1)))
+      >>> matrix_of(leaf, Axes(0, (0,))).codes.tolist()
+      [[1, 3, 5], [2, 4, 6]]
+    """
+    if isinstance(leaf, QTensor):
+        return _integers(leaf, axes, input_scale)
+    if isinstance(leaf, CodebookTensor):
+        return _table(leaf, axes)
+    if isinstance(leaf, BitTensor):
+        return _signs(leaf, axes)
+    if isinstance(leaf, ScaledTensor):
+        return _scaled(leaf, axes, input_scale)
+    if isinstance(leaf, RotatedTensor):
+        return _rotated(leaf, axes, input_scale)
+    if isinstance(leaf, FloatTensor):
+        return "there is no product for narrow floats"
+    return f"there is no product for a {type(leaf).__name__}"
+
+
+def sparse_matrix(kernel: ArrayLike, axes: Axes) -> SparseMatrix:
+    """Keep the weights of a kernel that are not zero.
+
+    Args:
+      kernel: floats whose values are known.
+      axes: what its axes are; none stacks kernels.
+
+    Example:
+      >>> import numpy as np
+      >>> sparse_matrix(np.array([[0.0, 2.0], [3.0, 0.0]], np.float32), Axes(0, (0,))).values
+      Array([3., 2.], dtype=float32)
+    """
+    array = np.asarray(kernel)
+    order = axes.order(array.ndim)
+    inputs = math.prod(array.shape[axis] for axis in axes.contracted)
+    matrix = array.transpose(order).reshape(-1, inputs)
+    outputs, columns = np.nonzero(matrix)
+    counts = np.bincount(outputs, minlength=matrix.shape[0])
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    narrow = np.uint16 if inputs <= 1 << 16 else np.uint32
+    return SparseMatrix(
+        jnp.asarray(matrix[outputs, columns], jnp.float32),
+        jnp.asarray(columns.astype(narrow)),
+        jnp.asarray(starts.astype(np.int32)),
+        **axes.statics(array.shape, array.dtype),
+    )
+
+
+def _pruned(leaf: Any, axes: Axes, sparse: float) -> Matrix | None:
+    """Return a kernel in compressed rows where enough of its weights are zero."""
+    values = known_values(leaf)
+    if values is None or axes.stacked or leaf.dtype != jnp.float32 or not values.size:
+        return None
+    zeros = 1 - np.count_nonzero(values) / values.size
+    return sparse_matrix(values, axes) if zeros >= sparse else None
+
+
+def _step_of(ends: tuple[ArrayLike, ArrayLike], stacked: tuple[int, ...]) -> jax.Array:
+    """Return the step that rounds inputs of a range to int8, symmetric, `(stacked..., 1)`."""
+    low, high = (jnp.abs(jnp.asarray(end, jnp.float32)) for end in ends)
+    step = jnp.maximum(low, high) / 127
+    step = step.reshape(stacked if step.size > 1 else (1,) * len(stacked))
+    return jnp.broadcast_to(step, stacked)[..., None]
+
+
+def prepare(
+    apply: Apply,
+    params: Any,
+    *args: Any,
+    ranges: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    sparse: float | None = None,
+) -> Any:
+    """Lay the compressed kernels of a model out as its products read them, once.
+
+    Which axes of a kernel are inputs is read from the model itself, so that dense layers of any
+    layout, attention's projections, convolutions, tables of embeddings and stacked layers of scans
+    all become matrices `(outputs, inputs)`. A leaf that no product reads as a matrix stays as it
+    is; `explain` says which, and why. `materialize` takes what comes out as well as what went in.
+
+    Args:
+      apply: `(params, *args) -> outputs`, any pure function.
+      params: the tree of parameters, compressed leaves in it.
+      *args: what else `apply` takes; arrays or `jax.ShapeDtypeStruct`s. Only shapes matter.
+      ranges: by path `(low, high)` of the inputs of a layer, as `jopt.quant.activation_ranges`
+        finds them: rounded inputs of int8 kernels then have one step, and not one for each row. A
+        layer whose path is left out finds its steps when it runs.
+      sparse: a part of the weights; a float32 kernel of a dense layer that has as many zeros is
+        kept in compressed rows. By default 0.75 where native kernels run, and never elsewhere.
+        Only for arrays whose values are known, so not within `jit`.
+
+    Returns:
+      A tree like `params`, for `compressed`.
+
+    Raises:
+      TypeError: `apply` is not callable.
+      ValueError: `ranges` has a path that is no compressed kernel of a layer, or `sparse` lies
+        outside (0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jopt import quant, run
+      >>> params = quant.quantize_params({"w": jnp.ones((3, 2))}, quant.QuantSpec(8))
+      >>> type(run.prepare(lambda params, x: x @ params["w"], params, jnp.ones((1, 3)))["w"])
+      <class 'jopt.run._matrices.Int8Matrix'>
+    """
+    if sparse is not None and not 0 < sparse <= 1:
+        raise ValueError(f"sparse must lie in (0, 1], not {sparse}.")
+    paths, leaves, treedef = flatten_with_paths(params)
+    found = trace_uses(apply, dense_avals(params), args)
+    layers = found.layers()
+    ranges = dict(ranges or {})
+    unknown = [
+        path
+        for path in ranges
+        if path not in layers or not is_compressed(leaves[paths.index(path)])
+    ]
+    if unknown:
+        raise ValueError(f"ranges has {unknown}, which are no compressed kernels of layers.")
+    limit = (SPARSE if native_here() is None else None) if sparse is None else sparse
+    new = [
+        _prepared(leaf, layers.get(path), path in found.gathered, ranges.get(path), limit)
+        for path, leaf in zip(paths, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, new)
+
+
+def _prepared(
+    leaf: Any,
+    layers: tuple[Layer, ...] | None,
+    gathered: bool,
+    ends: tuple[ArrayLike, ArrayLike] | None,
+    sparse: float | None,
+) -> Any:
+    if isinstance(leaf, Prepared):
+        return leaf
+    if is_compressed(leaf):
+        if layers:
+            axes = axes_of(layers)
+        elif gathered and len(leaf.shape) == 2:
+            axes = Axes(0, (1,))  # the rows of a table, as if each were an output
+        else:
+            return leaf
+        if isinstance(axes, str) or 0 in leaf.shape or any(map(_is_wide, layers or ())):
+            return leaf
+        step = None if ends is None else _step_of(ends, tuple(leaf.shape[: axes.stacked]))
+        matrix = matrix_of(leaf, axes, step)
+        return leaf if isinstance(matrix, str) else matrix
+    if sparse is None or not layers or not is_kernel("", leaf) or gathered:
+        return leaf
+    axes = axes_of(layers)
+    if isinstance(axes, str) or any(map(_is_wide, layers)):
+        return leaf
+    pruned = _pruned(leaf, axes, sparse)
+    return leaf if pruned is None else pruned
+
+
+def _is_wide(layer: Layer) -> bool:
+    """Return whether a layer is a convolution that is more than a product of matrices."""
+    return layer.window is not None and not is_product(layer.window)

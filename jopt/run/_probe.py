@@ -1,0 +1,130 @@
+"""Choose among ways to compute the same thing by timing them here, once, and remember.
+
+What is fast differs from one version of XLA and one machine to the next, so nothing is decided by a
+version number. Choices are kept in a file, by device and by what was asked.
+"""
+
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jopt.run._build import SWITCH, cache_folder, instructions
+
+PROBE = "JOPT_PROBE"  # 0: nothing is timed, what is preferred unmeasured is taken
+_ROUNDS = 7
+_SECONDS = 0.2  # for all rounds of one choice, compiling not counted
+_LOCK = threading.Lock()
+
+
+@cache
+def _file() -> Path:
+    device = jax.devices()[0]
+    about = (version("jaxlib"), device.platform, device.device_kind, instructions())
+    where = (os.environ.get(SWITCH, ""), os.cpu_count(), os.environ.get("XLA_FLAGS", ""))
+    name = hashlib.sha256(repr((about, where, sorted(_cores()))).encode()).hexdigest()[:16]
+    return cache_folder() / f"choices-{name}.json"
+
+
+def _cores() -> set[int]:
+    found = getattr(os, "sched_getaffinity", None)
+    return {len(found(0))} if found else set()
+
+
+def _read(file: Path) -> dict[str, dict[str, float]]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, choices: dict[str, dict[str, float]]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
+            json.dump(choices, new)
+        os.replace(new.name, file)
+    except OSError:  # a cache that cannot be written is no cache
+        pass
+
+
+@cache
+def _known() -> dict[str, dict[str, float]]:
+    return _read(_file())
+
+
+def is_on() -> bool:
+    """Return whether ways are timed."""
+    return os.environ.get(PROBE, "1") != "0"
+
+
+def seconds_of(
+    name: str, ways: Mapping[str, Callable[..., Any]], shapes: Sequence[Any]
+) -> dict[str, float]:
+    """Return how long each way takes here, from the file where it was asked before.
+
+    Args:
+      name: what is asked: all that decides the outcome and is the same on every machine.
+      ways: by name the functions, all of the same arguments.
+      shapes: trees of `jax.ShapeDtypeStruct`, one for each argument.
+
+    Returns:
+      Seconds by name. A way that fails has infinitely many.
+    """
+    key = f"{name}: {', '.join(ways)}"
+    with _LOCK:
+        known = _known()
+        if key not in known:
+            found: dict[str, float] = {}
+            # A thread of its own: nothing of a trace that is under way here is seen there.
+            worker = threading.Thread(target=lambda: found.update(_measured(ways, shapes)))
+            worker.start()
+            worker.join()
+            known[key] = found
+            _write(_file(), _read(_file()) | known)
+        return known[key]
+
+
+def _filled(shape: Any) -> Any:
+    draw = np.random.default_rng(0)
+    dtype = np.dtype(shape.dtype)
+    if np.issubdtype(dtype, np.unsignedinteger):
+        return jax.device_put(draw.integers(0, 2, shape.shape).astype(dtype))
+    if np.issubdtype(dtype, np.integer):
+        return jax.device_put(draw.integers(-7, 8, shape.shape).astype(dtype))
+    return jax.device_put(draw.uniform(0.5, 1.0, shape.shape).astype(dtype))
+
+
+def _measured(ways: Mapping[str, Callable[..., Any]], shapes: Sequence[Any]) -> dict[str, float]:
+    arguments = jax.tree.map(_filled, tuple(shapes))
+    compiled: dict[str, Callable[[], Any]] = {}
+    found = {name: float("inf") for name in ways}
+    for name, way in ways.items():
+        try:
+            program = jax.jit(way).lower(*arguments).compile()
+            jax.block_until_ready(program(*arguments))
+            compiled[name] = lambda program=program: program(*arguments)
+        except Exception:  # noqa: BLE001  what does not compile or run here is not taken
+            continue
+    times: dict[str, list[float]] = {name: [] for name in compiled}
+    end = time.perf_counter() + _SECONDS * max(len(compiled), 1)
+    for _ in range(_ROUNDS):
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+        if time.perf_counter() > end:
+            break
+    return found | {name: statistics.median(every) for name, every in times.items()}

@@ -1,0 +1,322 @@
+// What XLA calls. Every shape is checked before a pointer is touched. Leading axes, which vmap adds,
+// are equal in all operands or one; weights that all of a batch share are read once for all rows.
+
+#include <initializer_list>
+#include <string>
+
+#include "run.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jopt {
+namespace {
+
+using Dims = ffi::AnyBuffer::Dimensions;
+using Index = std::vector<int64_t>;
+using Out = ffi::Result<ffi::Buffer<ffi::F32>>;
+
+constexpr int64_t kLongest = int64_t{1} << 20;  // inputs: sums of int8 products stay within int32
+
+// An array whose last `core` axes are one product's, and whose others run over a batch.
+struct Operand {
+  const char* name;
+  const char* data;
+  int64_t item;  // bytes of an element
+  Dims dims;
+  size_t core;
+
+  size_t lead() const { return dims.size() - core; }
+  int64_t operator[](size_t axis) const { return dims[lead() + axis]; }
+  int64_t core_size() const {
+    int64_t size = 1;
+    for (size_t axis = lead(); axis < dims.size(); ++axis) size *= dims[axis];
+    return size;
+  }
+  int64_t batch() const {
+    int64_t size = 1;
+    for (size_t axis = 0; axis < lead(); ++axis) size *= dims[axis];
+    return size;
+  }
+  const char* at(const Index& index) const {
+    int64_t offset = 0;
+    for (size_t axis = 0; axis < lead(); ++axis)
+      offset = offset * dims[axis] + (dims[axis] == 1 ? 0 : index[axis]);
+    return data + offset * core_size() * item;
+  }
+};
+
+template <class Buffer>
+Operand operand(const char* name, const Buffer& buffer, size_t core) {
+  return {name, (const char*)buffer.untyped_data(), (int64_t)ffi::ByteWidth(buffer.element_type()),
+          buffer.dimensions(), core};
+}
+
+ffi::Error wrong(const char* name, const std::string& rule) {
+  return ffi::Error::InvalidArgument(std::string("jopt: ") + name + " must " + rule + ".");
+}
+
+struct Pool {
+  ffi::ThreadPool& pool;
+  int64_t num_threads() const { return pool.num_threads(); }
+  template <class F>
+  void Schedule(F&& function) {
+    pool.Schedule(std::forward<F>(function));
+  }
+};
+
+// Ranks, leading axes and alignment; x is the first operand, y the result.
+ffi::Error checked(const std::initializer_list<Operand>& operands, const Operand& y) {
+  for (const Operand& each : operands) {
+    if (each.dims.size() < each.core) return wrong(each.name, "have more axes");
+    if (each.lead() != y.lead()) return wrong(each.name, "have as many leading axes as the result");
+    for (size_t axis = 0; axis < y.lead(); ++axis)
+      if (each.dims[axis] != 1 && each.dims[axis] != y.dims[axis])
+        return wrong(each.name, "have leading axes of the result's sizes, or one");
+    if (each.core_size() && (reinterpret_cast<uintptr_t>(each.data) % each.item))
+      return wrong(each.name, "be aligned");
+  }
+  return ffi::Error::Success();
+}
+
+// Calls run(index, rows) for each element of the batch, or once for all rows where the batch
+// shares everything but x.
+template <class Run>
+void over_batch(const Operand& x, const std::initializer_list<Operand>& shared, const Operand& y,
+                const Run& run) {
+  bool together = x.batch() == y.batch();
+  for (const Operand& each : shared) together = together && each.batch() == 1;
+  Index index(y.lead(), 0);
+  if (together) return run(index, y.batch() * x[0]);
+  for (int64_t count = y.batch(); count > 0; --count) {
+    run(index, x[0]);
+    for (size_t axis = y.lead(); axis-- > 0;) {
+      if (++index[axis] < y.dims[axis]) break;
+      index[axis] = 0;
+    }
+  }
+}
+
+template <class T>
+T* at(const Operand& operand, const Index& index) {
+  return (T*)operand.at(index);
+}
+
+ffi::Error product(const Operand& x, int64_t inputs, int64_t outputs, const Operand& y) {
+  if (x[1] != inputs) return wrong("x", "have as many inputs as the weights");
+  if (inputs > kLongest) return wrong("weights", "have at most 2^20 inputs");
+  if (y[0] != x[0] || y[1] != outputs) return wrong("the result", "be (rows, outputs)");
+  return ffi::Error::Success();
+}
+
+#define JOPT_RETURN_IF_WRONG(expression)          \
+  if (ffi::Error error = (expression); error.failure()) return error
+
+// zero and fixed may be empty.
+ffi::Error Int8(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::S8> codes_,
+                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_,
+                ffi::Buffer<ffi::F32> fixed_, Out y_, bool round) {
+  const Operand x = operand("x", x_, 2), codes = operand("codes", codes_, 2),
+                scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
+                fixed = operand("fixed", fixed_, 1), y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, fixed}, y));
+  JOPT_RETURN_IF_WRONG(product(x, codes[1], codes[0], y));
+  if (scale[0] != codes[0]) return wrong("scale", "be (outputs)");
+  if (zero[0] && zero[0] != codes[0]) return wrong("zero", "be empty or (outputs)");
+  if (fixed[0] > 1) return wrong("fixed", "be empty or one number");
+  Pool pool{threads};
+  over_batch(x, {codes, scale, zero, fixed}, y, [&](const Index& index, int64_t rows) {
+    const Int8Weights w{at<int8_t>(codes, index), at<float>(scale, index),
+                        zero[0] ? at<float>(zero, index) : nullptr, codes[0]};
+    const float* in = at<float>(x, index);
+    float* out = at<float>(y, index);
+    if (round)
+      run_int8(pool, in, rows, codes[1], fixed[0] ? at<float>(fixed, index) : nullptr, w, out);
+    else
+      run_int8_float(pool, in, rows, codes[1], w, out);
+  });
+  return ffi::Error::Success();
+}
+
+// zero and table may be empty; scale may be empty with a table.
+ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::U8> packed_,
+                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_,
+                ffi::Buffer<ffi::F32> table_, Out y_, int64_t group, bool round) {
+  const Operand x = operand("x", x_, 2), packed = operand("packed", packed_, 2),
+                scale = operand("scale", scale_, 2), zero = operand("zero", zero_, 2),
+                table = operand("table", table_, 2), y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero, table}, y));
+  const int64_t inputs = x[1], outputs = packed[0];
+  JOPT_RETURN_IF_WRONG(product(x, inputs, outputs, y));
+  if (packed[1] != round_up(inputs, kPair) / 2) return wrong("packed", "be (outputs, width)");
+  if (group != kBytes && (group < kPair || group % kPair))
+    return wrong("group", "be 32 or a multiple of 64");
+  const int64_t groups = inputs ? (inputs + group - 1) / group : 1;
+  const bool scaled = scale.core_size() > 0 || outputs == 0, tabled = table.core_size() > 0;
+  if (scaled && (scale[0] != outputs || scale[1] != groups))
+    return wrong("scale", "be (outputs, groups)");
+  if (!scaled && !tabled) return wrong("scale", "be given");
+  const bool zeroed = zero.core_size() > 0;
+  if (zeroed && (tabled || zero[0] != outputs || zero[1] != groups))
+    return wrong("zero", "be (outputs, groups), without a table");
+  if (tabled && (table[1] != 16 || (table[0] != 1 && table[0] != outputs)))
+    return wrong("table", "be (1 or outputs, 16)");
+  if (!round && !tabled) return wrong("table", "be given where inputs are not rounded");
+  Pool pool{threads};
+  over_batch(x, {packed, scale, zero, table}, y, [&](const Index& index, int64_t rows) {
+    const Int4Weights w{at<uint8_t>(packed, index),
+                        packed[1],
+                        scaled ? at<float>(scale, index) : nullptr,
+                        zeroed ? at<float>(zero, index) : nullptr,
+                        groups,
+                        group,
+                        tabled ? at<float>(table, index) : nullptr,
+                        tabled ? table[0] : 0,
+                        outputs};
+    const float* in = at<float>(x, index);
+    float* out = at<float>(y, index);
+    if (round)
+      run_int4(pool, in, rows, inputs, w, out);
+    else
+      run_codebook(pool, in, rows, inputs, w, out);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Signs(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::U8> bits_,
+                 ffi::Buffer<ffi::F32> scale_, Out y_) {
+  const Operand x = operand("x", x_, 2), bits = operand("bits", bits_, 2),
+                scale = operand("scale", scale_, 1), y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, bits, scale}, y));
+  JOPT_RETURN_IF_WRONG(product(x, x[1], bits[0], y));
+  if (bits[1] != (x[1] + 31) / 32 * 4) return wrong("bits", "be (outputs, whole words of inputs)");
+  if (scale[0] != bits[0]) return wrong("scale", "be (outputs)");
+  Pool pool{threads};
+  over_batch(x, {bits, scale}, y, [&](const Index& index, int64_t rows) {
+    const BitWeights w{at<uint8_t>(bits, index), bits[1], at<float>(scale, index), bits[0]};
+    run_signs(pool, at<float>(x, index), rows, x[1], w,
+              at<float>(y, index));
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Binary(ffi::ThreadPool threads, ffi::Buffer<ffi::U8> x_, ffi::Buffer<ffi::U8> bits_,
+                  ffi::Buffer<ffi::F32> scale_, Out y_, int64_t inputs) {
+  const Operand x = operand("x", x_, 2), bits = operand("bits", bits_, 2),
+                scale = operand("scale", scale_, 1), y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, bits, scale}, y));
+  if (inputs < 0 || inputs > 8 * kLongest) return wrong("inputs", "lie in 0 to 2^23");
+  if (x[1] != (inputs + 31) / 32 * 4 || bits[1] != x[1])
+    return wrong("x and bits", "be whole words of inputs");
+  if (y[0] != x[0] || y[1] != bits[0]) return wrong("the result", "be (rows, outputs)");
+  if (scale[0] != bits[0]) return wrong("scale", "be (outputs)");
+  Pool pool{threads};
+  over_batch(x, {bits, scale}, y, [&](const Index& index, int64_t rows) {
+    const BitWeights w{at<uint8_t>(bits, index), bits[1], at<float>(scale, index), bits[0]};
+    run_binary(pool, at<uint8_t>(x, index), nullptr, rows, inputs, w,
+               at<float>(y, index));
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::F32> values_,
+                  ffi::AnyBuffer columns_, ffi::Buffer<ffi::S32> starts_, Out y_) {
+  const bool wide = columns_.element_type() == ffi::U32;
+  if (!wide && columns_.element_type() != ffi::U16) return wrong("columns", "be uint16 or uint32");
+  const Operand x = operand("x", x_, 2), values = operand("values", values_, 1),
+                columns = operand("columns", columns_, 1), starts = operand("starts", starts_, 1),
+                y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, values, columns, starts}, y));
+  if (starts[0] < 1) return wrong("starts", "be (outputs + 1)");
+  JOPT_RETURN_IF_WRONG(product(x, x[1], starts[0] - 1, y));
+  if (columns[0] != values[0]) return wrong("columns", "be as many as the values");
+  Pool pool{threads};
+  bool right = true;
+  over_batch(x, {values, columns, starts}, y, [&](const Index& index, int64_t rows) {
+    const SparseWeights w{at<float>(values, index),   columns.at(index), wide,
+                          at<int32_t>(starts, index), starts[0] - 1,     values[0]};
+    right = run_sparse(pool, at<float>(x, index), rows, x[1], w,
+                       at<float>(y, index)) &&
+            right;
+  });
+  if (!right) return wrong("starts and columns", "rise within the entries, and lie below inputs");
+  return ffi::Error::Success();
+}
+
+ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
+                     ffi::Buffer<ffi::F32> kernel_, Out y_,
+                     ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding) {
+  const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 3),
+                y = operand("y", *y_, 4);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  if (strides.size() != 2 || strides[0] < 1 || strides[1] < 1)
+    return wrong("strides", "be two numbers, at least 1");
+  if (padding.size() != 2 || padding[0] < 0 || padding[1] < 0)
+    return wrong("padding", "be two numbers, at least 0");
+  if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels)");
+  if (y[0] != x[0] || y[3] != x[3]) return wrong("the result", "have x's batch and channels");
+  Pool pool{threads};
+  const Index start(y.lead(), 0);
+  Index index = start;
+  for (int64_t count = y.batch(); count > 0; --count) {
+    const Window window{x[0],       x[1],       x[2],       x[3],       kernel[0], kernel[1],
+                        strides[0], strides[1], padding[0], padding[1], y[1],      y[2]};
+    run_depthwise(pool, at<float>(x, index), at<float>(kernel, index),
+                  window, at<float>(y, index));
+    for (size_t axis = y.lead(); axis-- > 0;) {
+      if (++index[axis] < y.dims[axis]) break;
+      index[axis] = 0;
+    }
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jopt
+
+#define JOPT_PRODUCT() ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt8, jopt::Int8,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("round"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt4, jopt::Int4,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("round"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptSigns, jopt::Signs,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptBinary, jopt::Binary,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("inputs"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptSparse, jopt::Sparse,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptDepthwise, jopt::Depthwise,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<ffi::Span<const int64_t>>("strides")
+                                  .Attr<ffi::Span<const int64_t>>("padding"));
+
+extern "C" const char* jopt_instructions() { return jopt::kInstructions; }

@@ -1,0 +1,100 @@
+// What every kernel needs: the arguments of each, ranges of outputs, rounding up, prefetch.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#define JOPT_INLINE static inline __attribute__((always_inline))
+#define JOPT_INLINE_MEMBER inline __attribute__((always_inline))
+#define JOPT_UNROLL _Pragma("GCC unroll 16")
+
+namespace jopt {
+
+constexpr int64_t kBytes = 32;  // a step over int8 codes, in every instruction set
+constexpr int64_t kFloats = 8;  // a step over floats
+constexpr int64_t kPair = 64;   // 4-bit codes in a step over 32 packed bytes
+constexpr int64_t kAhead = 1024;  // bytes by which prefetches run ahead in each row
+
+JOPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+JOPT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+JOPT_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Rows of activations rounded to int8, each row padded with zeros to `stride`.
+struct Codes8 {
+  const int8_t* codes;
+  const double* scale;  // one a row; NaN for a row that is not finite
+  const double* total;  // the sum of each row's codes, where weights have zero points
+  int64_t rows, inputs, stride;
+};
+
+// Rows of float activations, each padded with zeros to `stride`.
+struct Floats {
+  const float* data;
+  const double* total;  // the sum of each row, where weights have zero points
+  int64_t rows, inputs, stride;
+};
+
+struct Int8Weights {
+  const int8_t* codes;  // (outputs, inputs)
+  const float* scale;   // (outputs)
+  const float* zero;    // (outputs), or null for 0
+  int64_t outputs;
+};
+
+// Four-bit codes in blocks of 64: byte i of a block holds code i below and code 32 + i above.
+struct Int4Weights {
+  const uint8_t* packed;  // (outputs, width)
+  int64_t width;          // bytes of a row, a multiple of 32
+  const float* scale;     // (outputs, groups), or null for 1
+  const float* zero;      // (outputs, groups), or null for 0
+  int64_t groups, group;  // `group` codes share a scale: 32, or a multiple of 64
+  const float* table;     // codebooks: (tables, 16)
+  int64_t tables;         // 1 or outputs
+  int64_t outputs;
+};
+
+// What the 4-bit kernels need of the activations besides their codes.
+struct GroupSums {
+  const int32_t* offset;  // (rows, groups, 8): -8 times the sum of a group, spread over lanes
+  const float* sum;       // (rows, groups)
+};
+
+struct BitWeights {
+  const uint8_t* bits;  // (outputs, width bytes); bit i % 8 of byte i / 8 is input i
+  int64_t width;
+  const float* scale;  // (outputs)
+  int64_t outputs;
+};
+
+struct SparseWeights {
+  const float* values;   // (entries)
+  const void* columns;   // (entries), uint16 or uint32
+  bool wide;             // whether columns are uint32
+  const int32_t* starts;  // (outputs + 1)
+  int64_t outputs, entries;
+};
+
+struct Window {
+  int64_t batch, height, width, channels;  // of the input
+  int64_t rows, columns;                   // of the kernel
+  int64_t stride_rows, stride_columns;
+  int64_t top, left;  // padding before
+  int64_t out_rows, out_columns;
+};
+
+}  // namespace jopt

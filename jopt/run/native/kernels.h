@@ -1,0 +1,36 @@
+// The kernels for one instruction set: what the compiler was told to compile for decides which.
+#pragma once
+
+#include "common.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && !defined(JOPT_PORTABLE)
+#include <immintrin.h>
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define JOPT_VNNI
+#endif
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
+
+#include "quantize.h"
+#include "int8.h"
+#include "int4.h"
+#include "codebook.h"
+#include "binary.h"
+#include "sparse.h"
+#include "depthwise.h"
+
+namespace jopt {
+
+#if defined(JOPT_VNNI)
+constexpr const char* kInstructions = "AVX-512 VNNI";
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(JOPT_PORTABLE)
+constexpr const char* kInstructions = "AVX2";
+#elif defined(__ARM_NEON) && !defined(JOPT_PORTABLE)
+constexpr const char* kInstructions = "NEON, as the compiler vectorizes";
+#else
+constexpr const char* kInstructions = "portable";
+#endif
+
+}  // namespace jopt

@@ -1,0 +1,49 @@
+// Rounding rows of activations to int8, and the sums of their groups.
+// Included by kernels.h, after the vectors of the instruction set.
+
+namespace jopt {
+
+// One row: scale = largest magnitude / 127, or `fixed` where that is not null. A row with a NaN,
+// or with an infinity and no fixed scale, gets the scale NaN. One below 127 * FLT_MIN counts as 0.
+static double quantize(const float* x, int64_t inputs, int64_t stride, const float* fixed,
+                       int8_t* codes) {
+  const int64_t whole = inputs / kBytes * kBytes;
+  float tail[kBytes] = {0};
+  for (int64_t i = whole; i < inputs; ++i) tail[i - whole] = x[i];
+  I most = i_zero();
+  for (int64_t i = 0; i < whole; i += kFloats) most = i_magnitudes(most, f_load(x + i));
+  for (int64_t i = 0; i < kBytes; i += kFloats) most = i_magnitudes(most, f_load(tail + i));
+  int32_t lanes[8], bits = 0;
+  i_store(lanes, most);
+  for (int32_t lane : lanes) bits = lane > bits ? lane : bits;
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  float scale = fixed ? *fixed : largest / 127.0f;
+  const bool usable = scale > 0 && scale <= std::numeric_limits<float>::max();
+  const bool wrong = std::isnan(largest) || (fixed ? !usable : std::isinf(largest));
+  if (wrong || (!fixed && scale < std::numeric_limits<float>::min())) {
+    std::memset(codes, 0, stride);
+    return wrong ? std::numeric_limits<double>::quiet_NaN() : 0.0;
+  }
+  for (int64_t i = 0; i < whole; i += kBytes) b_round(codes + i, x + i, scale);
+  if (whole < stride) std::memset(codes + whole, 0, stride - whole);
+  if (whole < inputs) b_round(codes + whole, tail, scale);
+  return scale;
+}
+
+// -8 times the sum of each group of one row, over 8 lanes, and the sum itself.
+static void group_sums(const int8_t* codes, int64_t stride, int64_t group, int64_t groups,
+                       int32_t* offset, float* sum) {
+  for (int64_t g = 0; g < groups; ++g) {
+    int32_t* lanes = offset + 8 * g;
+    std::memset(lanes, 0, 8 * sizeof(int32_t));
+    const int64_t end = least((g + 1) * group, stride);
+    for (int64_t i = g * group; i < end; i += kFloats)
+      for (int64_t lane = 0; lane < kFloats; ++lane) lanes[lane] -= 8 * codes[i + lane];
+    int64_t total = 0;
+    for (int64_t lane = 0; lane < kFloats; ++lane) total += lanes[lane];
+    sum[g] = (float)(total / -8);
+  }
+}
+
+}  // namespace jopt

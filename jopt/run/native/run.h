@@ -1,0 +1,174 @@
+// Each product from plain arrays to plain arrays: activations are prepared, then outputs are shared
+// out over the pool. Nothing here knows XLA, so that a fuzzer can drive it.
+#pragma once
+
+#include "parallel.h"
+#include "kernels.h"
+
+namespace jopt {
+
+constexpr int64_t kGrain = 16;  // outputs of one chunk: a whole number of cache lines
+
+template <class T>
+std::unique_ptr<T[]> scratch(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size > 0 ? size : 1]);
+}
+
+struct Rounded {
+  std::unique_ptr<int8_t[]> codes;
+  std::unique_ptr<double[]> scale;
+  std::unique_ptr<int32_t[]> offset;
+  std::unique_ptr<float[]> sum;
+  std::unique_ptr<double[]> total;
+  Codes8 view;
+  GroupSums sums{nullptr, nullptr};
+};
+
+template <class T>
+double total_of(const T* values, int64_t count) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += values[i];
+  return total;
+}
+
+template <class Pool>
+Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+                const float* fixed, const Int4Weights* groups, bool totals) {
+  Rounded out;
+  const int64_t stride = round_up(inputs, kPair);
+  out.codes = scratch<int8_t>(rows * stride);
+  out.scale = scratch<double>(rows);
+  if (totals) out.total = scratch<double>(rows);
+  if (groups) {
+    out.offset = scratch<int32_t>(rows * groups->groups * 8);
+    out.sum = scratch<float>(rows * groups->groups);
+  }
+  over_ranges(pool, rows, 1, rows * inputs, [&](Range range) {
+    for (int64_t m = range.begin; m < range.end; ++m) {
+      out.scale[m] = quantize(x + m * inputs, inputs, stride, fixed, &out.codes[m * stride]);
+      if (totals) out.total[m] = total_of(&out.codes[m * stride], inputs);
+      if (groups)
+        group_sums(&out.codes[m * stride], stride, groups->group, groups->groups,
+                     &out.offset[m * groups->groups * 8], &out.sum[m * groups->groups]);
+    }
+  });
+  out.view = {out.codes.get(), out.scale.get(), out.total.get(), rows, inputs, stride};
+  out.sums = {out.offset.get(), out.sum.get()};
+  return out;
+}
+
+struct Padded {
+  std::unique_ptr<float[]> data;
+  Floats view;
+};
+
+// Rows of floats, copied only where their length is not a multiple of 64 already.
+inline Padded padded(const float* x, int64_t rows, int64_t inputs) {
+  Padded out;
+  const int64_t stride = round_up(inputs, kPair);
+  if (stride == inputs) {
+    out.view = {x, nullptr, rows, inputs, stride};
+    return out;
+  }
+  out.data = scratch<float>(rows * stride);
+  std::memset(out.data.get(), 0, rows * stride * sizeof(float));
+  for (int64_t m = 0; m < rows; ++m)
+    std::memcpy(&out.data[m * stride], x + m * inputs, inputs * sizeof(float));
+  out.view = {out.data.get(), nullptr, rows, inputs, stride};
+  return out;
+}
+
+// x transposed to (inputs, stride), so that the rows of one input lie side by side.
+inline Padded transposed(const float* x, int64_t rows, int64_t inputs) {
+  Padded out;
+  if (rows == 1) {
+    out.view = {x, nullptr, 1, inputs, 1};
+    return out;
+  }
+  const int64_t stride = rows <= 16 ? round_up(rows, 8) : round_up(rows, 32);
+  out.data = scratch<float>(inputs * stride);
+  for (int64_t from = 0; from < inputs; from += 16)
+    for (int64_t m = 0; m < stride; ++m)
+      for (int64_t i = from; i < least(from + 16, inputs); ++i)
+        out.data[i * stride + m] = m < rows ? x[m * inputs + i] : 0.0f;
+  out.view = {out.data.get(), nullptr, rows, inputs, stride};
+  return out;
+}
+
+template <class Pool>
+void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+              const float* fixed, const Int8Weights& w, float* y) {
+  const Rounded in = rounded(pool, x, rows, inputs, fixed, nullptr, w.zero);
+  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
+              [&](Range range) { int8(in.view, w, range, y); });
+}
+
+template <class Pool>
+void run_int8_float(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+                    const Int8Weights& w, float* y) {
+  Padded in = padded(x, rows, inputs);
+  const auto total = scratch<double>(w.zero ? rows : 0);
+  for (int64_t m = 0; w.zero && m < rows; ++m) total[m] = total_of(x + m * inputs, inputs);
+  in.view.total = total.get();
+  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
+              [&](Range range) { int8_float(in.view, w, range, y); });
+}
+
+// Evenly spaced codes, or a codebook of int8 where the weights have a table.
+template <class Pool>
+void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+              const Int4Weights& w, float* y) {
+  const Rounded in = rounded(pool, x, rows, inputs, nullptr, &w, false);
+  auto kernel = w.table ? codebook8 : int4;
+  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
+              [&](Range range) { kernel(in.view, in.sums, w, range, y); });
+}
+
+template <class Pool>
+void run_codebook(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+                  const Int4Weights& w, float* y) {
+  const Padded in = padded(x, rows, inputs);
+  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
+              [&](Range range) { codebook(in.view, w, range, y); });
+}
+
+template <class Pool>
+void run_binary(Pool& pool, const uint8_t* x, const float* x_scale, int64_t rows,
+                int64_t inputs, const BitWeights& w, float* y) {
+  over_ranges(pool, w.outputs, kGrain, rows * w.width * w.outputs,
+              [&](Range range) { binary(x, x_scale, rows, inputs, w, range, y); });
+}
+
+template <class Pool>
+void run_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+               const BitWeights& w, float* y) {
+  const Padded in = padded(x, rows, inputs);
+  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
+              [&](Range range) { signs(in.view, w, range, y); });
+}
+
+// Returns false where the starts do not rise from 0 to the number of entries at most, or a column
+// is not below the number of inputs; y is then not to be used.
+template <class Pool>
+bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+                const SparseWeights& w, float* y) {
+  if (w.starts[0] < 0 || w.starts[w.outputs] > w.entries) return false;
+  for (int64_t n = 0; n < w.outputs; ++n)
+    if (w.starts[n] > w.starts[n + 1]) return false;
+  const Padded in = transposed(x, rows, inputs);
+  std::atomic<bool> right{true};
+  over_ranges(pool, w.outputs, kGrain, rows * w.entries, [&](Range range) {
+    if (!sparse(in.view, w, range, y)) right = false;
+  });
+  return right;
+}
+
+template <class Pool>
+void run_depthwise(Pool& pool, const float* x, const float* kernel,
+                   const Window& s, float* y) {
+  const int64_t work = s.batch * s.out_rows * s.out_columns * s.channels * s.rows * s.columns;
+  over_ranges(pool, s.batch * s.out_rows, 1, work,
+              [&](Range range) { depthwise(x, kernel, s, range, y); });
+}
+
+}  // namespace jopt

@@ -1,0 +1,287 @@
+// Drives every native kernel with random shapes and values, and compares with sums in double.
+// Built with sanitizers by test_run_native.py: buffers are exactly as long as they are said to be.
+
+#include "run.h"
+
+#include <cstdio>
+#include <random>
+#include <thread>
+
+using namespace jopt;
+
+struct Serial {
+  int64_t num_threads() const { return 1; }
+  template <class F>
+  void Schedule(F&& f) {
+    f();
+  }
+};
+
+// Tasks that run late, or never until the end: a caller that waited for them would hang.
+struct Late {
+  std::vector<std::function<void()>> tasks;
+  int64_t num_threads() const { return 3; }
+  template <class F>
+  void Schedule(F&& f) {
+    tasks.push_back(std::forward<F>(f));
+  }
+  ~Late() {
+    for (auto& task : tasks) task();
+  }
+};
+
+struct Threads {
+  std::vector<std::thread> threads;
+  int64_t num_threads() const { return 3; }
+  template <class F>
+  void Schedule(F&& f) {
+    threads.emplace_back(std::forward<F>(f));
+  }
+  ~Threads() {
+    for (auto& thread : threads) thread.join();
+  }
+};
+
+static std::mt19937 source(1);
+static int64_t pick(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(source);
+}
+static float normal() { return std::normal_distribution<float>()(source); }
+static std::vector<float> normals(int64_t count) {
+  std::vector<float> out(count);
+  for (float& value : out) value = normal();
+  return out;
+}
+
+static long wrong = 0;
+static void compare(const char* what, double got, double want, double size) {
+  if (std::fabs(got - want) <= 2e-5 * size + 1e-30) return;
+  if (++wrong < 10) std::printf("%s: %g, not %g\n", what, got, want);
+}
+
+// A sum and the sum of its magnitudes.
+struct Sum {
+  double value = 0, size = 0;
+  void add(double term) {
+    value += term;
+    size += std::fabs(term);
+  }
+};
+
+// Rows rounded as the kernels round them.
+struct Rows {
+  int64_t rows, inputs;
+  std::vector<float> data;
+  std::vector<double> step;
+  std::vector<int> codes;
+
+  Rows(int64_t rows, int64_t inputs) : rows(rows), inputs(inputs), data(normals(rows * inputs)) {
+    step.resize(rows);
+    codes.resize(rows * inputs);
+    for (int64_t m = 0; m < rows; ++m) {
+      float most = 0;
+      for (int64_t i = 0; i < inputs; ++i) most = std::fmax(most, std::fabs(data[m * inputs + i]));
+      const float unit = most / 127.0f;
+      step[m] = unit;
+      for (int64_t i = 0; i < inputs; ++i)
+        codes[m * inputs + i] = unit > 0 ? (int)std::nearbyint(data[m * inputs + i] / unit) : 0;
+    }
+  }
+  double rounded(int64_t m, int64_t i) const { return step[m] * codes[m * inputs + i]; }
+};
+
+template <class Weight>
+static void expect(const char* what, const Rows& x, int64_t outputs, bool rounded,
+                   const std::vector<float>& y, const Weight& weight) {
+  for (int64_t m = 0; m < x.rows; ++m)
+    for (int64_t n = 0; n < outputs; ++n) {
+      Sum sum;
+      for (int64_t i = 0; i < x.inputs; ++i)
+        sum.add((rounded ? x.rounded(m, i) : x.data[m * x.inputs + i]) * weight(n, i));
+      compare(what, y[m * outputs + n], sum.value, sum.size);
+    }
+}
+
+template <class Pool>
+static void check_int8(Pool& pool, const Rows& x, int64_t outputs) {
+  std::vector<int8_t> codes(outputs * x.inputs);
+  for (int8_t& code : codes) code = (int8_t)pick(-128, 127);
+  const std::vector<float> scale = normals(outputs), zero = normals(outputs);
+  for (bool shifted : {false, true}) {
+    const Int8Weights w{codes.data(), scale.data(), shifted ? zero.data() : nullptr, outputs};
+    auto weight = [&](int64_t n, int64_t i) {
+      return (double)scale[n] * (codes[n * x.inputs + i] - (shifted ? zero[n] : 0.0f));
+    };
+    std::vector<float> y(x.rows * outputs);
+    run_int8(pool, x.data.data(), x.rows, x.inputs, nullptr, w, y.data());
+    expect("int8 x int8", x, outputs, true, y, weight);
+    run_int8_float(pool, x.data.data(), x.rows, x.inputs, w, y.data());
+    expect("int8 x float", x, outputs, false, y, weight);
+  }
+}
+
+template <class Pool>
+static void check_int4(Pool& pool, const Rows& x, int64_t outputs) {
+  const int64_t inputs = x.inputs, width = round_up(inputs, kPair) / 2;
+  const int64_t sizes[] = {32, 64, 128, round_up(inputs ? inputs : 1, 64)};
+  const int64_t group = sizes[pick(0, 3)], groups = inputs ? (inputs + group - 1) / group : 1;
+  std::vector<uint8_t> packed(outputs * width, 0x88);
+  std::vector<int> codes(outputs * inputs);
+  for (int64_t n = 0; n < outputs; ++n)
+    for (int64_t i = 0; i < inputs; ++i) {
+      const int code = codes[n * inputs + i] = (int)pick(0, 15);
+      uint8_t& byte = packed[n * width + i / 64 * 32 + i % 32];
+      byte = i % 64 < 32 ? (byte & 0xf0) | code : (byte & 0x0f) | code << 4;
+    }
+  const std::vector<float> scale = normals(outputs * groups), zero = normals(outputs * groups);
+  const bool shifted = pick(0, 1);
+  const Int4Weights even{packed.data(), width,  scale.data(), shifted ? zero.data() : nullptr,
+                         groups,        group,  nullptr,      0,
+                         outputs};
+  std::vector<float> y(x.rows * outputs);
+  run_int4(pool, x.data.data(), x.rows, inputs, even, y.data());
+  expect("int4 x int8", x, outputs, true, y, [&](int64_t n, int64_t i) {
+    const int64_t at = n * groups + i / group;
+    return (double)scale[at] * (codes[n * inputs + i] - 8 - (shifted ? zero[at] : 0.0f));
+  });
+  if (!outputs) return;
+  const int64_t tables = pick(0, 1) ? 1 : outputs;
+  const std::vector<float> table = normals(tables * 16);
+  const bool scaled = pick(0, 1);
+  const Int4Weights looked{packed.data(), width, scaled ? scale.data() : nullptr, nullptr, groups,
+                           group,         table.data(), tables, outputs};
+  auto at = [&](int64_t n, int64_t i) {
+    return (double)(scaled ? scale[n * groups + i / group] : 1.0f);
+  };
+  auto entry = [&](int64_t n, int64_t i) {
+    return table[(tables > 1 ? 16 * n : 0) + codes[n * inputs + i]];
+  };
+  run_codebook(pool, x.data.data(), x.rows, inputs, looked, y.data());
+  expect("codebook x float", x, outputs, false, y,
+         [&](int64_t n, int64_t i) { return at(n, i) * entry(n, i); });
+  run_int4(pool, x.data.data(), x.rows, inputs, looked, y.data());
+  expect("codebook x int8", x, outputs, true, y, [&](int64_t n, int64_t i) {
+    float most = 0;
+    for (int k = 0; k < 16; ++k)
+      most = std::fmax(most, std::fabs(table[(tables > 1 ? 16 * n : 0) + k]));
+    const float unit = most / 127.0f;
+    return at(n, i) * unit * std::nearbyint(entry(n, i) / unit);
+  });
+}
+
+template <class Pool>
+static void check_bits(Pool& pool, const Rows& x, int64_t outputs) {
+  const int64_t width = (x.inputs + 31) / 32 * 4;
+  auto filled = [&](int64_t rows) {
+    std::vector<uint8_t> bits(rows * width);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < x.inputs; ++i)
+        if (pick(0, 1)) bits[r * width + i / 8] |= 1 << (i % 8);
+    return bits;
+  };
+  auto sign = [&](const std::vector<uint8_t>& bits, int64_t row, int64_t i) {
+    return bits[row * width + i / 8] >> (i % 8) & 1 ? 1 : -1;
+  };
+  const std::vector<uint8_t> bits = filled(outputs), other = filled(x.rows);
+  const std::vector<float> scale = normals(outputs);
+  const BitWeights w{bits.data(), width, scale.data(), outputs};
+  std::vector<float> y(x.rows * outputs);
+  run_signs(pool, x.data.data(), x.rows, x.inputs, w, y.data());
+  expect("signs x float", x, outputs, false, y,
+         [&](int64_t n, int64_t i) { return (double)scale[n] * sign(bits, n, i); });
+  run_binary(pool, other.data(), nullptr, x.rows, x.inputs, w, y.data());
+  for (int64_t m = 0; m < x.rows; ++m)
+    for (int64_t n = 0; n < outputs; ++n) {
+      int64_t sum = 0;
+      for (int64_t i = 0; i < x.inputs; ++i) sum += sign(other, m, i) * sign(bits, n, i);
+      const double want = (double)scale[n] * sum;
+      compare("binary", y[m * outputs + n], want, std::fabs(want));
+    }
+}
+
+template <class Pool>
+static void check_sparse(Pool& pool, const Rows& x, int64_t outputs) {
+  std::vector<float> dense(outputs * x.inputs), values;
+  std::vector<uint16_t> narrow;
+  std::vector<uint32_t> wide;
+  std::vector<int32_t> starts{0};
+  for (int64_t n = 0; n < outputs; ++n) {
+    for (int64_t i = 0; i < x.inputs; ++i)
+      if (pick(0, 4) == 0) {
+        values.push_back(dense[n * x.inputs + i] = normal());
+        narrow.push_back((uint16_t)i);
+        wide.push_back((uint32_t)i);
+      }
+    starts.push_back((int32_t)values.size());
+  }
+  const bool is_wide = pick(0, 1);
+  const void* columns = is_wide ? (const void*)wide.data() : (const void*)narrow.data();
+  const SparseWeights w{values.data(), columns, is_wide,
+                        starts.data(), outputs, (int64_t)values.size()};
+  std::vector<float> y(x.rows * outputs);
+  if (!run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data())) ++wrong;
+  expect("sparse x float", x, outputs, false, y,
+         [&](int64_t n, int64_t i) { return (double)dense[n * x.inputs + i]; });
+  if (values.empty() || !x.rows) return;
+  const size_t at = pick(0, values.size() - 1);  // a column beyond the inputs is refused
+  narrow[at] = (uint16_t)x.inputs;
+  wide[at] = (uint32_t)(x.inputs + pick(0, 1000000));
+  if (run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data())) ++wrong;
+  starts[pick(0, outputs)] = (int32_t)(pick(-5, 100000) * 1000 + 1);  // so is any start
+  run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data());
+}
+
+template <class Pool>
+static void check_depthwise(Pool& pool) {
+  Window s{pick(0, 2), pick(1, 9), pick(1, 30), pick(1, 20), pick(1, 4), pick(1, 4),
+           pick(1, 3), pick(1, 3), pick(0, 6),  pick(0, 6),  0,          0};
+  const int64_t rows = s.height + s.top + pick(0, 6) - s.rows;
+  const int64_t columns = s.width + s.left + pick(0, 6) - s.columns;
+  s.out_rows = rows < 0 ? 0 : rows / s.stride_rows + 1;
+  s.out_columns = columns < 0 ? 0 : columns / s.stride_columns + 1;
+  const std::vector<float> x = normals(s.batch * s.height * s.width * s.channels);
+  const std::vector<float> kernel = normals(s.rows * s.columns * s.channels);
+  std::vector<float> y(s.batch * s.out_rows * s.out_columns * s.channels);
+  run_depthwise(pool, x.data(), kernel.data(), s, y.data());
+  size_t at = 0;
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t r = 0; r < s.out_rows; ++r)
+      for (int64_t c = 0; c < s.out_columns; ++c)
+        for (int64_t channel = 0; channel < s.channels; ++channel) {
+          Sum sum;
+          for (int64_t i = 0; i < s.rows; ++i)
+            for (int64_t j = 0; j < s.columns; ++j) {
+              const int64_t row = r * s.stride_rows - s.top + i;
+              const int64_t column = c * s.stride_columns - s.left + j;
+              if (row < 0 || column < 0 || row >= s.height || column >= s.width) continue;
+              sum.add((double)x[((n * s.height + row) * s.width + column) * s.channels + channel] *
+                      kernel[(i * s.columns + j) * s.channels + channel]);
+            }
+          compare("depthwise", y[at++], sum.value, sum.size);
+        }
+}
+
+template <class Pool>
+static void round_of(int64_t most) {
+  Pool pool;
+  const Rows x(pick(0, 20) ? pick(0, 9) : 40, pick(0, most));
+  const int64_t outputs = pick(0, 2 * most);
+  switch (pick(0, 4)) {
+    case 0: return check_int8(pool, x, outputs);
+    case 1: return check_int4(pool, x, outputs);
+    case 2: return check_bits(pool, x, outputs);
+    case 3: return check_sparse(pool, x, outputs);
+    default: return check_depthwise(pool);
+  }
+}
+
+int main(int count, char** words) {
+  const int rounds = count > 1 ? std::atoi(words[1]) : 100;
+  for (int i = 0; i < rounds; ++i) {
+    round_of<Serial>(140);
+    round_of<Late>(140);
+    if (i % 4 == 0) round_of<Threads>(300);
+  }
+  std::printf("%s: %ld wrong\n", kInstructions, wrong);
+  return wrong != 0;
+}

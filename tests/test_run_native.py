@@ -1,0 +1,216 @@
+"""Native kernels: figures of float64, under jit and vmap, and no byte read that is not theirs."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+from jopt import quant, run
+from jopt.run import _build, _forms, _native
+from tests.test_run import MAKERS, _tree, apply, reference
+
+ROOT = Path(__file__).parent.parent
+COMPILER = next(
+    (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
+)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def native():
+    """Compile the kernels, or read them from this user's cache."""
+    before = os.environ.pop("JOPT_NATIVE")
+    _build._loaded.cache_clear()
+    yield
+    os.environ["JOPT_NATIVE"] = before
+    _build._loaded.cache_clear()
+
+
+@needs_compiler
+def test_kernels_are_compiled_once_and_say_for_what(native):
+    assert run.native_problem() is None
+    assert run.native_instructions() in {
+        "AVX2",
+        "AVX-512 VNNI",
+        "NEON, as the compiler vectorizes",
+        "portable",
+    }
+    library, _ = _build._library()
+    assert library.exists()
+    changed = library.stat().st_mtime_ns
+    _build._loaded.cache_clear()
+    assert run.native_problem() is None
+    assert library.stat().st_mtime_ns == changed
+
+
+@needs_compiler
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_models_run_by_kernels_as_by_xla(native, name, activations):
+    x = jax.random.normal(jax.random.key(5), (3, 64))
+    params = _tree(MAKERS[name])
+    prepared = run.prepare(apply, params, x)
+    forms = {row.form for row in run.explain(apply, prepared, x, activations=activations).rows}
+    by_kernel = {form for form in forms if form.startswith("native")}
+    assert by_kernel or name in {"int8 by group", "int4 by 16"}
+    outputs = run.compressed(apply, activations=activations)(prepared, x)
+    expected = reference(params, x)
+    if activations == "float":
+        np.testing.assert_allclose(outputs, expected, rtol=2e-5, atol=2e-5)
+    else:
+        assert np.abs(outputs - expected).max() < 0.03 * np.abs(expected).max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("name", ["affine8", "affine4 by 64", "nf4", "int2"])
+def test_kernels_sum_the_same_integers_as_xla(native, name, rounded):
+    kernel = jax.random.normal(jax.random.key(0), (192, 37))
+    x = jax.random.normal(jax.random.key(1), (4, 192)).at[2].set(0.0)
+    linear = lambda params, x: x @ params["first"]  # noqa: E731
+    matrix = run.prepare(linear, {"first": MAKERS[name](kernel)}, x)["first"]
+    forms = _forms.forms_of(matrix, rounded)
+    outputs = [jax.jit(form.product)(matrix, x) for form in forms if form.name != _forms.FLOATS]
+    if not rounded:
+        outputs.append(_forms.floats(matrix, x))
+    for other in outputs[1:]:
+        chex.assert_trees_all_close(outputs[0], other, rtol=1e-5, atol=1e-4)
+    chex.assert_trees_all_equal(outputs[0][2], jnp.zeros(37))
+
+
+@needs_compiler
+def test_kernels_run_over_copies_nested_and_shared(native):
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(2, 3, 70)), jnp.float32)
+    codes = jnp.asarray(draw.integers(-127, 128, (4, 5, 70)), jnp.int8)
+    scale = jnp.asarray(draw.random(5), jnp.float32)
+
+    def product(x, codes):
+        return _native.int8_product(x, codes, scale, rounded=False)
+
+    both = jax.jit(jax.vmap(jax.vmap(product, (0, None)), (None, 0)))(x, codes)
+    expected = np.einsum(
+        "bmk,cnk->cbmn", np.asarray(x, np.float64), np.asarray(codes) * np.asarray(scale)[:, None]
+    )
+    np.testing.assert_allclose(both, expected, rtol=1e-4, atol=1e-3)
+    shared = jax.vmap(product, (0, None))(x, codes[0])
+    np.testing.assert_allclose(shared, expected[0], rtol=1e-4, atol=1e-3)
+    paired = jax.vmap(product)(x, codes[:2])
+    np.testing.assert_allclose(paired[1], expected[1, 1], rtol=1e-4, atol=1e-3)
+
+
+@needs_compiler
+def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
+    x, codes, scale = jnp.ones((2, 70)), jnp.ones((5, 70), jnp.int8), jnp.ones(5)
+    packed, group = jnp.ones((5, 64), jnp.uint8), {"group": 64, "rounded": True}
+    calls = [
+        lambda: _native.int8_product(x, codes[:, :60], scale, rounded=True),
+        lambda: _native.int8_product(x, codes, scale[:4], rounded=True),
+        lambda: _native.int8_product(x, codes, scale, scale[:2], rounded=True),
+        lambda: _native.int4_product(x, packed[:, :32], jnp.ones((5, 2)), **group),
+        lambda: _native.int4_product(x, packed, jnp.ones((5, 1)), **group),
+        lambda: _native.int4_product(x, packed, jnp.ones((5, 2)), group=48, rounded=True),
+        lambda: _native.int4_product(x, packed, jnp.ones((5, 2)), group=64, rounded=False),
+        lambda: _native.signs_product(x, packed[:, :8], scale),
+        lambda: _native.sparse_product(
+            x, jnp.ones(2), jnp.array([0, 70], jnp.uint16), jnp.array([0, 1, 2], jnp.int32)
+        ),
+        lambda: _native.sparse_product(
+            x, jnp.ones(2), jnp.array([0, 1], jnp.uint16), jnp.array([0, 9, 2], jnp.int32)
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(Exception, match="jopt: .* must "):
+            jax.block_until_ready(call())
+
+
+@needs_compiler
+def test_pruned_kernels_and_signs_run_by_kernels(native):
+    draw = np.random.default_rng(0)
+    kernel = np.where(draw.random((300, 41)) < 0.1, draw.normal(size=(300, 41)), 0)
+    kernel[:, 7] = 0
+    params = {"first": jnp.asarray(kernel, jnp.float32)}
+    linear = lambda params, x: x @ params["first"]  # noqa: E731
+    for rows in (1, 3, 17, 40):
+        x = jnp.asarray(draw.normal(size=(rows, 300)), jnp.float32)
+        prepared = run.prepare(linear, params, x)
+        assert isinstance(prepared["first"], run.SparseMatrix)
+        outputs = run.compressed(linear)(prepared, x)
+        np.testing.assert_allclose(outputs, np.asarray(x, np.float64) @ kernel, atol=1e-4)
+    bits = quant.pack_signs(jnp.asarray(draw.normal(size=(3, 300))), axis=-1)
+    other = quant.pack_signs(jnp.asarray(draw.normal(size=(41, 300))), axis=-1)
+    fill = [(0, 0), (0, -bits.shape[1] % 4)]
+    counts = _native.binary_product(jnp.pad(bits, fill), jnp.pad(other, fill), jnp.ones(41), 300)
+    signs = [np.asarray(quant.unpack_signs(b, 300, axis=-1), np.int64) for b in (bits, other)]
+    np.testing.assert_array_equal(counts, signs[0] @ signs[1].T)
+
+
+@needs_compiler
+def test_depthwise_convolutions_run_by_kernels_and_have_derivatives(native):
+    module = linen.Conv(6, (3, 2), (2, 1), feature_group_count=6, use_bias=False)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 9, 6))
+    params = module.init(jax.random.key(1), x)
+    fast = run.compressed(module.apply)
+    assert run.explain(module.apply, params, x).rows[0].form == "native depthwise"
+    chex.assert_trees_all_close(fast(params, x), module.apply(params, x), atol=1e-5)
+
+    def slope(of):
+        return jax.grad(lambda params, x: jnp.sin(of(params, x)).sum(), (0, 1))(params, x)
+
+    chex.assert_trees_all_close(slope(fast), slope(module.apply), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_compiler_everything_runs_and_says_so(monkeypatch):
+    monkeypatch.delenv("JOPT_NATIVE", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    _build._loaded.cache_clear()
+    try:
+        x = jnp.ones((1, 64))
+        params = _tree(MAKERS["int8"])
+        assert "no C++ compiler was found" in str(run.native_problem())
+        found = run.explain(apply, run.prepare(apply, params, x), x)
+        assert "no C++ compiler was found" in str(found)
+        outputs = run.compressed(apply)(run.prepare(apply, params, x), x)
+        np.testing.assert_allclose(outputs, reference(params, x), rtol=2e-5, atol=2e-5)
+    finally:
+        _build._loaded.cache_clear()
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'what is this' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.delenv("JOPT_NATIVE", raising=False)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("JOPT_CACHE", str(tmp_path / "cache"))
+    _build._loaded.cache_clear()
+    try:
+        assert run.native_problem() == f"{broken} failed: what is this"
+        assert list((tmp_path / "cache").iterdir()) == []
+    finally:
+        _build._loaded.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["for this machine, sanitized", "portable"])
+def test_no_kernel_reads_or_writes_beyond_its_arrays(kind, tmp_path):
+    program = tmp_path / "check"
+    flags = ["-std=c++17", "-O0", "-w", f"-I{ROOT / 'jopt/run/native'}"]
+    if kind == "portable":
+        flags += ["-DJOPT_PORTABLE"]
+    else:
+        flags += ["-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = [str(ROOT / "tests/native_check.cc"), "-o", str(program), "-lpthread"]
+    built = subprocess.run([str(COMPILER), *flags, *source], capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"it does not build here: {built.stderr[:200]}")
+    done = subprocess.run([str(program), "80"], capture_output=True, text=True)
+    assert done.returncode == 0 and ": 0 wrong" in done.stdout, done.stdout + done.stderr
