@@ -1,24 +1,30 @@
 """Time functions side by side: in turns within one process, medians compared."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Return the seconds of one call, waiting for its results."""
+def timed(function: Any) -> float:
+    """Return the seconds of one call, waiting for its results, or what it says itself of them."""
+    if hasattr(function, "seconds"):
+        return function.seconds()
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Time the sides in turns, after one call each to warm up; returns medians and minima."""
+def interleaved(sides: dict[str, Any], repeats: int) -> dict[str, dict[str, float]]:
+    """Time the sides in turns, after one call each to warm up; returns medians and minima.
+
+    Args:
+        sides: by name what is timed: functions, or what has a method `seconds`.
+        repeats: calls of each.
+    """
     for side in sides.values():
-        jax.block_until_ready(side())
+        timed(side)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():

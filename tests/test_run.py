@@ -65,6 +65,7 @@ MAKERS = {
 }
 MAKERS |= {
     "binary": _binary,
+    "bits": quant.binarize,
     "scaled": _scaled,
     "rotated": _rotated,
     "scaled and rotated": _scaled_rotated,
@@ -146,7 +147,7 @@ def test_rows_that_are_not_finite_give_nan_and_no_other_row_does(activations):
 
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
-@pytest.mark.parametrize("name", ["int8", "affine4 by 64", "nf4", "binary", "scaled"])
+@pytest.mark.parametrize("name", ["int8", "affine4 by 64", "nf4", "bits", "scaled"])
 def test_gradients_are_those_of_the_plain_path(name, activations, x):
     params = _tree(MAKERS[name])
     prepared = run.prepare(apply, params, x)

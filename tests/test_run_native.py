@@ -28,6 +28,7 @@ def native():
     """Compile the kernels, or read them from this user's cache."""
     before = os.environ.pop("JOPT_NATIVE")
     _build._loaded.cache_clear()
+    assert run.native_problem() is None
     yield
     os.environ["JOPT_NATIVE"] = before
     _build._loaded.cache_clear()
@@ -132,7 +133,7 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
 
 
 @needs_compiler
-def test_pruned_kernels_and_signs_run_by_kernels(native):
+def test_pruned_kernels_run_by_kernels(native):
     draw = np.random.default_rng(0)
     kernel = np.where(draw.random((300, 41)) < 0.1, draw.normal(size=(300, 41)), 0)
     kernel[:, 7] = 0
@@ -144,12 +145,26 @@ def test_pruned_kernels_and_signs_run_by_kernels(native):
         assert isinstance(prepared["first"], run.SparseMatrix)
         outputs = run.compressed(linear)(prepared, x)
         np.testing.assert_allclose(outputs, np.asarray(x, np.float64) @ kernel, atol=1e-4)
-    bits = quant.pack_signs(jnp.asarray(draw.normal(size=(3, 300))), axis=-1)
-    other = quant.pack_signs(jnp.asarray(draw.normal(size=(41, 300))), axis=-1)
-    fill = [(0, 0), (0, -bits.shape[1] % 4)]
-    counts = _native.binary_product(jnp.pad(bits, fill), jnp.pad(other, fill), jnp.ones(41), 300)
-    signs = [np.asarray(quant.unpack_signs(b, 300, axis=-1), np.int64) for b in (bits, other)]
-    np.testing.assert_array_equal(counts, signs[0] @ signs[1].T)
+
+
+@pytest.mark.parametrize("kind", ["native", "xla"])
+def test_signs_by_signs_are_counted(kind, request):
+    if kind == "native":
+        if COMPILER is None:
+            pytest.skip("there is no C++ compiler")
+        request.getfixturevalue("native")
+    draw = np.random.default_rng(0)
+    kernel, x = draw.normal(size=(301, 41)), draw.normal(size=(2, 3, 301))
+    x[0, 0, :2] = 0.0, -0.0
+    leaf = quant.binarize(jnp.asarray(kernel, jnp.float32))
+    matrix = run.prepare(lambda params, x: x @ params["w"], {"w": leaf}, x)["w"]
+    outputs = jax.jit(run.binary_product)(jnp.asarray(x, jnp.float32), matrix)
+    counts = np.where(x >= 0, 1, -1) @ np.where(kernel >= 0, 1, -1)
+    np.testing.assert_allclose(outputs, counts * np.asarray(leaf.scale)[0], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="do not multiply"):
+        run.binary_product(jnp.ones((2, 300)), matrix)
+    with pytest.raises(TypeError, match="kernel must be a SignMatrix"):
+        run.binary_product(jnp.ones((2, 300)), leaf)
 
 
 @needs_compiler

@@ -12,6 +12,7 @@ leaf. See `jopt.layers` for which programs it looks into.
 
 from jopt.run._build import instructions as native_instructions
 from jopt.run._compressed import Explanation, Ran, compressed, explain
+from jopt.run._forms import binary_product
 from jopt.run._forms import native_here as native_problem
 from jopt.run._matrices import (
     Int4Matrix,
@@ -30,6 +31,7 @@ __all__ = [
     "SignMatrix",
     "SparseMatrix",
     "TurnedMatrix",
+    "binary_product",
     "compressed",
     "explain",
     "native_instructions",

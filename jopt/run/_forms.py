@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jopt.run import _build, _native
-from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SignMatrix, SparseMatrix
+from jopt.run._matrices import (
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+    SignMatrix,
+    SparseMatrix,
+    pack_bits,
+)
 
 Product = Callable[[Any, jax.Array], jax.Array]
 LONGEST = 1 << 17  # inputs: sums of products of int8 stay within int32
@@ -231,3 +238,46 @@ def forms_of(matrix: Matrix, rounded: bool) -> list[Form]:
         if rounded and integers:
             forms.append(Form("XLA, int8 x int8", _xla_rounded))
     return [*forms, Form(FLOATS, floats)]
+
+
+def binary_product(inputs: jax.Array, kernel: SignMatrix) -> jax.Array:
+    """Multiply the signs of activations by a binary kernel, by counting bits that differ.
+
+    `y = (sign(x) . sign(w)) * scale`, the sum exact, where sign(0) is 1 and that of NaN -1: the
+    product of an XNOR network without the mean magnitude of its inputs.
+
+    Args:
+      inputs: floating-point, `(..., inputs)`.
+      kernel: of a dense layer, from `prepare`; none stacked.
+
+    Returns:
+      `(..., outputs)`, float32.
+
+    Raises:
+      ValueError: the shapes do not fit.
+      TypeError: `kernel` is no `SignMatrix`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kernel = SignMatrix(jnp.array([[1, 0, 0, 0]], jnp.uint8), jnp.ones(1), (2, 1), (-2,))
+      >>> binary_product(jnp.array([[5.0, -2.0]]), kernel)
+      Array([[2.]], dtype=float32)
+
+    References:
+      Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural
+      Networks", 2016, https://arxiv.org/abs/1603.05279.
+    """
+    if not isinstance(kernel, SignMatrix):
+        raise TypeError(f"kernel must be a SignMatrix, from jopt.run.prepare, not {kernel!r}.")
+    values = jnp.asarray(inputs)
+    if kernel.stacked or values.ndim < 1 or values.shape[-1] != kernel.inputs:
+        raise ValueError(f"inputs {values.shape} and kernel {kernel.shape} do not multiply.")
+    rows = values.reshape(-1, values.shape[-1]).astype(jnp.float32)
+    if native_here() is None:
+        found = _native.binary_product(rows, kernel.bits, kernel.scale)
+    else:
+        bits = pack_bits(rows >= 0)
+        differing = lax.population_count(bits[:, None] ^ kernel.bits[None])
+        counts = jnp.sum(differing.astype(jnp.int32), -1)
+        found = (kernel.inputs - 2 * counts).astype(jnp.float32) * kernel.scale[None]
+    return found.reshape(*values.shape[:-1], kernel.outputs)

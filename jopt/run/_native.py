@@ -76,10 +76,9 @@ def signs_product(x: jax.Array, bits: jax.Array, scale: jax.Array) -> jax.Array:
     return _call("signs", (x.shape[0], bits.shape[0]), x, bits, scale)
 
 
-def binary_product(x: jax.Array, bits: jax.Array, scale: jax.Array, inputs: int) -> jax.Array:
-    """Multiply signs by signs, both packed as `pack_bits` does: exact counts."""
-    shape = (x.shape[0], bits.shape[0])
-    return _call("binary", shape, x, bits, scale, inputs=np.int64(inputs))
+def binary_product(x: jax.Array, bits: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiply the signs of x by signs: exact counts."""
+    return _call("binary", (x.shape[0], bits.shape[0]), x, bits, scale)
 
 
 def sparse_product(

@@ -200,21 +200,20 @@ ffi::Error Signs(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<
   return ffi::Error::Success();
 }
 
-ffi::Error Binary(ffi::ThreadPool threads, ffi::Buffer<ffi::U8> x_, ffi::Buffer<ffi::U8> bits_,
-                  ffi::Buffer<ffi::F32> scale_, Out y_, int64_t inputs) {
+// The signs of x by those of the weights.
+ffi::Error Binary(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::U8> bits_,
+                  ffi::Buffer<ffi::F32> scale_, Out y_) {
   const Operand x = operand("x", x_, 2), bits = operand("bits", bits_, 2),
                 scale = operand("scale", scale_, 1), y = operand("y", *y_, 2);
   JOPT_RETURN_IF_WRONG(checked({x, bits, scale}, y));
-  if (inputs < 0 || inputs > 8 * kLongest) return wrong("inputs", "lie in 0 to 2^23");
-  if (x[1] != (inputs + 31) / 32 * 4 || bits[1] != x[1])
-    return wrong("x and bits", "be whole words of inputs");
-  if (y[0] != x[0] || y[1] != bits[0]) return wrong("the result", "be (rows, outputs)");
+  JOPT_RETURN_IF_WRONG(product(x, x[1], bits[0], y));
+  if (bits[1] != (x[1] + 31) / 32 * 4) return wrong("bits", "be (outputs, whole words of inputs)");
   if (scale[0] != bits[0]) return wrong("scale", "be (outputs)");
   Pool pool{threads};
   over_batch(x, {bits, scale}, y, [&](const Index& index, int64_t rows) {
     const BitWeights w{at<uint8_t>(bits, index), bits[1], at<float>(scale, index), bits[0]};
-    run_binary(pool, at<uint8_t>(x, index), nullptr, rows, inputs, w,
-               at<float>(y, index));
+    const auto signs = packed_signs(pool, at<float>(x, index), rows, x[1], bits[1]);
+    run_binary(pool, signs.get(), nullptr, rows, x[1], w, at<float>(y, index));
   });
   return ffi::Error::Success();
 }
@@ -299,13 +298,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptSigns, jopt::Signs,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptBinary, jopt::Binary,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
+                              JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("inputs"));
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptSparse, jopt::Sparse,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::F32>>()

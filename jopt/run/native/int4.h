@@ -55,7 +55,7 @@ JOPT_INLINE void int4_tile(const Codes8& x, const GroupSums& sums, const Int4Wei
     for (int64_t b = 0; b < w.width; b += kBytes) {
       const int64_t g = 2 * b / kBytes;
       JOPT_UNROLL for (int r = 0; r < R; ++r) {
-        prefetch(packed[r] + b + kAhead);
+        prefetch(packed[r] + b + 2 * R * w.width);
         const B block = b_load(packed[r] + b);
         const F scale = f_set(scale_of(w, n + r, g));
         JOPT_UNROLL for (int t = 0; t < T; ++t) {
@@ -78,7 +78,7 @@ JOPT_INLINE void int4_tile(const Codes8& x, const GroupSums& sums, const Int4Wei
       const int64_t end = least((g + 1) * (w.group / 2), w.width);
       for (int64_t b = g * (w.group / 2); b < end; b += kBytes) {
         JOPT_UNROLL for (int r = 0; r < R; ++r) {
-          prefetch(packed[r] + b + kAhead);
+          prefetch(packed[r] + b + 2 * R * w.width);
           const B block = b_load(packed[r] + b);
           JOPT_UNROLL for (int t = 0; t < T; ++t)
             sum[r][t] = decode[r].pair(sum[r][t], block, b_load(in[t] + 2 * b),

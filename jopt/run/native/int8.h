@@ -23,7 +23,7 @@ JOPT_INLINE void int8_tile(const Codes8& x, const Int8Weights& w, int64_t n, int
   JOPT_UNROLL for (int t = 0; t < T; ++t) in[t] = x.codes + (m + t) * x.stride;
   for (int64_t k = 0; k < whole; k += kBytes) {
     JOPT_UNROLL for (int r = 0; r < R; ++r) {
-      prefetch(codes[r] + k + kAhead);
+      prefetch(codes[r] + k + 2 * R * x.inputs);
       const B block = b_load(codes[r] + k);
       JOPT_UNROLL for (int t = 0; t < T; ++t) sum[r][t] = dot8(sum[r][t], block, b_load(in[t] + k));
     }

@@ -132,6 +132,24 @@ void run_codebook(Pool& pool, const float* x, int64_t rows, int64_t inputs,
               [&](Range range) { codebook(in.view, w, range, y); });
 }
 
+// The signs of rows of floats as bits, 1 where x >= 0; `width` bytes a row.
+template <class Pool>
+std::unique_ptr<uint8_t[]> packed_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+                                        int64_t width) {
+  auto out = scratch<uint8_t>(rows * width);
+  over_ranges(pool, rows, 1, rows * inputs, [&](Range range) {
+    for (int64_t m = range.begin; m < range.end; ++m)
+      for (int64_t byte = 0; byte < width; ++byte) {
+        const float* in = x + m * inputs + 8 * byte;
+        const int64_t count = least(8, inputs - 8 * byte);
+        unsigned bits = 0;
+        for (int64_t i = 0; i < count; ++i) bits |= (unsigned)(in[i] >= 0) << i;
+        out[m * width + byte] = (uint8_t)bits;
+      }
+  });
+  return out;
+}
+
 template <class Pool>
 void run_binary(Pool& pool, const uint8_t* x, const float* x_scale, int64_t rows,
                 int64_t inputs, const BitWeights& w, float* y) {
