@@ -9,6 +9,7 @@ from flax import linen
 
 import jopt
 from jopt import codec, quant, run
+from jopt.run import _pallas
 from jopt.run._matrices import pack4, pack_bits, unpack4, unpack_bits
 from tests import nets
 
@@ -335,6 +336,30 @@ def test_an_explanation_names_every_leaf_and_why():
     text = str(found)
     assert "native kernels none: JOPT_NATIVE is 0" in text
     assert all(name in text for name in params)
+
+
+@pytest.mark.parametrize("rows", [1, 130])
+@pytest.mark.parametrize(
+    "name", ["int8", "affine8", "int8 by group", "int4", "affine4 by 64", "int4 by 32"]
+)
+def test_pallas_kernels_give_the_product_of_floats(name, rows):
+    product = _pallas.int4_product if "4" in name else _pallas.int8_product
+    kernel = jax.random.normal(jax.random.key(0), (192, 133))
+    x = jax.random.normal(jax.random.key(1), (rows, 192))
+    linear = lambda params, x: x @ params["w"]  # noqa: E731
+    matrix = run.prepare(linear, {"w": MAKERS[name](kernel)}, x)["w"]
+    outputs = product(matrix, x, interpret=True)
+    expected = np.asarray(x, np.float64) @ np.asarray(jopt.materialize(matrix), np.float64)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pallas_kernels_take_inputs_that_fill_no_block():
+    x, kernel = jnp.ones((3, 70)), jax.random.normal(jax.random.key(0), (70, 5))
+    matrix = run.prepare(
+        lambda params, x: x @ params["w"], {"w": quant.quantize(kernel, quant.QuantSpec(4))}, x
+    )["w"]
+    outputs = _pallas.int4_product(matrix, x, interpret=True)
+    chex.assert_trees_all_close(outputs, x @ jopt.materialize(matrix), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("inputs", [0, 1, 31, 32, 33, 63, 64, 65, 200])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jopt.run import _build, _native
+from jopt.run import _build, _native, _pallas
 from jopt.run._matrices import (
     Int4Matrix,
     Int8Matrix,
@@ -217,6 +217,17 @@ def _native_forms(matrix: Matrix, rounded: bool) -> list[Form]:
     return []
 
 
+def _pallas_forms(matrix: Matrix, rounded: bool) -> list[Form]:
+    """Return the kernels for TPUs and GPUs: never taken unmeasured."""
+    if rounded or matrix.stacked or jax.default_backend() == "cpu":
+        return []
+    if isinstance(matrix, Int8Matrix):
+        return [Form("Pallas int8 x float", _pallas.int8_product, 0)]
+    if isinstance(matrix, Int4Matrix) and matrix.table is None:
+        return [Form("Pallas int4 x float", _pallas.int4_product, 0)]
+    return []
+
+
 def forms_of(matrix: Matrix, rounded: bool) -> list[Form]:
     """Return the ways to multiply by a matrix, the one that is preferred unmeasured first.
 
@@ -232,6 +243,7 @@ def forms_of(matrix: Matrix, rounded: bool) -> list[Form]:
     if matrix.inputs <= LONGEST:
         if native_here() is None:
             forms += _native_forms(matrix, rounded)
+        forms += _pallas_forms(matrix, rounded)
         integers = isinstance(matrix, Int8Matrix) or (
             isinstance(matrix, Int4Matrix) and matrix.table is None
         )
