@@ -70,6 +70,24 @@ JOPT_INLINE void int4_tile(const Codes8& x, const GroupSums& sums, const Int4Wei
         }
       }
     }
+  } else if (w.group == kPair) {  // a block is a group
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const int64_t b = g * kBytes;
+      B block[R];
+      F scale[R];
+      JOPT_UNROLL for (int r = 0; r < R; ++r) {
+        prefetch(packed[r] + b + 2 * R * w.width);
+        block[r] = b_load(packed[r] + b);
+        scale[r] = f_set(scale_of(w, n + r, g));
+      }
+      JOPT_UNROLL for (int t = 0; t < T; ++t) {
+        const B low = b_load(in[t] + 2 * b), high = b_load(in[t] + 2 * b + kBytes);
+        const I first = start(t, g);
+        JOPT_UNROLL for (int r = 0; r < R; ++r)
+          total[r][t] = f_fma(scale[r], i_float(decode[r].pair(first, block[r], low, high)),
+                              total[r][t]);
+      }
+    }
   } else {
     for (int64_t g = 0; g < w.groups; ++g) {
       I sum[R][T];
@@ -109,9 +127,10 @@ template <int R, class Decode>
 JOPT_INLINE void int4_rows(const Codes8& x, const GroupSums& sums, const Int4Weights& w,
                            const Decode* decode, const float* unit, int64_t n, float* y) {
   int64_t m = 0;
+  constexpr int kTogether = R < 2 ? R : 2;
   for (; m + 4 <= x.rows; m += 4)
-    for (int r = 0; r < R; ++r)
-      int4_tile<1, 4>(x, sums, w, decode + r, unit + r, n + r, m, y);
+    for (int r = 0; r < R; r += kTogether)
+      int4_tile<kTogether, 4>(x, sums, w, decode + r, unit + r, n + r, m, y);
   for (; m < x.rows; ++m) int4_tile<R, 1>(x, sums, w, decode, unit, n, m, y);
 }
 

@@ -36,12 +36,12 @@ static void group_sums(const int8_t* codes, int64_t stride, int64_t group, int64
                        int32_t* offset, float* sum) {
   for (int64_t g = 0; g < groups; ++g) {
     int32_t* lanes = offset + 8 * g;
-    std::memset(lanes, 0, 8 * sizeof(int32_t));
     const int64_t end = least((g + 1) * group, stride);
-    for (int64_t i = g * group; i < end; i += kFloats)
-      for (int64_t lane = 0; lane < kFloats; ++lane) lanes[lane] -= 8 * codes[i + lane];
+    I spread = i_zero();
+    for (int64_t i = g * group; i < end; i += kFloats) spread = i_add(spread, i_widen8(codes + i));
+    i_store(lanes, spread);
     int64_t total = 0;
-    for (int64_t lane = 0; lane < kFloats; ++lane) total += lanes[lane];
+    for (int64_t lane = 0; lane < kFloats; ++lane) total += lanes[lane] *= -8;
     sum[g] = (float)(total / -8);
   }
 }

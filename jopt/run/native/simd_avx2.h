@@ -33,6 +33,9 @@ JOPT_INLINE B b_table(const int8_t* entries) {
 }
 JOPT_INLINE B b_lookup(B table, B index) { return _mm256_shuffle_epi8(table, index); }
 
+JOPT_INLINE B b_larger(B a, B b, uint16_t) { return _mm256_max_epu16(a, b); }
+JOPT_INLINE B b_larger(B a, B b, uint32_t) { return _mm256_max_epu32(a, b); }
+
 JOPT_INLINE I i_zero() { return _mm256_setzero_si256(); }
 JOPT_INLINE I i_load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 JOPT_INLINE void i_store(int32_t* p, I v) { _mm256_storeu_si256((__m256i*)p, v); }
@@ -67,9 +70,10 @@ JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
 #endif
 }
 
-JOPT_INLINE F widen8(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+JOPT_INLINE I i_widen8(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
 }
+JOPT_INLINE F widen8(const int8_t* p) { return _mm256_cvtepi32_ps(i_widen8(p)); }
 
 // Entries of a table of 16 floats, by 8 indices of bytes.
 struct Table {

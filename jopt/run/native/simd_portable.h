@@ -67,6 +67,16 @@ JOPT_INLINE B b_lookup(B table, B index) {
   return index;
 }
 
+template <class Word>
+JOPT_INLINE B b_larger(B a, B b, Word) {
+  Word one[sizeof a.v / sizeof(Word)], other[sizeof a.v / sizeof(Word)];
+  std::memcpy(one, a.v, sizeof one);
+  std::memcpy(other, b.v, sizeof other);
+  for (size_t i = 0; i < sizeof a.v / sizeof(Word); ++i) one[i] = one[i] > other[i] ? one[i] : other[i];
+  std::memcpy(a.v, one, sizeof one);
+  return a;
+}
+
 JOPT_INLINE I i_zero() { return {{0, 0, 0, 0, 0, 0, 0, 0}}; }
 JOPT_INLINE I i_load(const int32_t* p) {
   I out;
@@ -97,6 +107,11 @@ JOPT_INLINE I dot8(I sum, B codes, B x) {
 }
 JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
   return dot8(dot8(sum, low, x_low), high, x_high);
+}
+JOPT_INLINE I i_widen8(const int8_t* p) {
+  I out;
+  for (int i = 0; i < 8; ++i) out.v[i] = p[i];
+  return out;
 }
 JOPT_INLINE F widen8(const int8_t* p) {
   F out;

@@ -5,8 +5,14 @@ namespace jopt {
 
 template <class Column>
 static bool columns_fit(const Column* columns, int64_t count, int64_t inputs) {
-  Column most = 0;
-  for (int64_t i = 0; i < count; ++i) most = columns[i] > most ? columns[i] : most;
+  constexpr int64_t kStep = kBytes / sizeof(Column);
+  B largest = b_none();
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) largest = b_larger(largest, b_load(columns + i), Column{});
+  Column lanes[kStep], most = 0;
+  b_store(lanes, largest);
+  for (Column lane : lanes) most = lane > most ? lane : most;
+  for (; i < count; ++i) most = columns[i] > most ? columns[i] : most;
   return count == 0 || (int64_t)most < inputs;
 }
 
