@@ -9,7 +9,7 @@ from flax import linen
 
 import jopt
 from jopt import codec, quant, run
-from jopt.run import _pallas
+from jopt.run import _pallas, _probe
 from jopt.run._matrices import pack4, pack_bits, unpack4, unpack_bits
 from tests import nets
 
@@ -385,3 +385,62 @@ def test_sparse_kernels_are_kept_in_rows(x):
     assert run.prepare(apply, params, x) is not None
     untouched = run.prepare(apply, params, x)["first"]
     assert isinstance(untouched, jax.Array)  # without native kernels nothing is gained
+
+
+@pytest.fixture
+def probing(monkeypatch, tmp_path):
+    """Measure ways, and keep what is found in a folder of the test's own."""
+    monkeypatch.setenv("JOPT_PROBE", "1")
+    monkeypatch.setenv("JOPT_CACHE", str(tmp_path))
+    _probe._known.cache_clear()
+    _probe._file.cache_clear()
+    yield tmp_path
+    _probe._known.cache_clear()
+    _probe._file.cache_clear()
+
+
+def test_ways_are_measured_once_within_a_trace_too_and_remembered(probing):
+    calls = []
+
+    def slow(x):
+        calls.append("slow")
+        return jax.lax.fori_loop(0, 2000, lambda i, y: jnp.sin(y), x)
+
+    def quick(x):
+        calls.append("quick")
+        return x
+
+    def broken(x):
+        raise ValueError("not here")
+
+    ways = {"slow": slow, "quick": quick, "broken": broken}
+
+    @jax.jit
+    def choose(x):
+        found = _probe.seconds_of("test", ways, (jax.ShapeDtypeStruct((64,), jnp.float32),))
+        assert min(found, key=found.__getitem__) == "quick"
+        assert found["broken"] == float("inf")
+        return x
+
+    choose(jnp.ones(1))
+    measured = len(calls)
+    choose(jnp.ones(2))
+    _probe._known.cache_clear()  # as in another process
+    choose(jnp.ones(3))
+    assert len(calls) == measured
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"test: a, b": 3}', '{"test: a, b": {"a": 1}}']
+)
+def test_a_damaged_file_of_choices_is_measured_anew(probing, content):
+    _probe._file().write_text(content)
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    found = _probe.seconds_of("test", {"a": jnp.sin, "b": jnp.cos}, (shape,))
+    assert set(found) == {"a", "b"} and all(0 < each < 10 for each in found.values())
+
+
+def test_models_run_right_whatever_was_measured(probing, x):
+    params = _tree(MAKERS["int8"])
+    outputs = run.compressed(apply)(run.prepare(apply, params, x), x)
+    np.testing.assert_allclose(outputs, reference(params, x), rtol=2e-5, atol=2e-5)

@@ -7,7 +7,6 @@ version number. Choices are kept in a file, by device and by what was asked.
 import hashlib
 import json
 import os
-import statistics
 import tempfile
 import threading
 import time
@@ -50,6 +49,12 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
     return found if isinstance(found, dict) else {}
 
 
+def _fits(found: Any, ways: Mapping[str, Any]) -> bool:
+    """Return whether a file's entry says how long each way takes."""
+    whole = isinstance(found, dict) and set(found) == set(ways)
+    return whole and all(isinstance(each, (int, float)) for each in found.values())
+
+
 def _write(file: Path, choices: dict[str, dict[str, float]]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +91,7 @@ def seconds_of(
     key = f"{name}: {', '.join(ways)}"
     with _LOCK:
         known = _known()
-        if key not in known:
+        if not _fits(known.get(key), ways):
             found: dict[str, float] = {}
             # A thread of its own: nothing of a trace that is under way here is seen there.
             worker = threading.Thread(target=lambda: found.update(_measured(ways, shapes)))
@@ -127,4 +132,4 @@ def _measured(ways: Mapping[str, Callable[..., Any]], shapes: Sequence[Any]) -> 
             times[name].append(time.perf_counter() - start)
         if time.perf_counter() > end:
             break
-    return found | {name: statistics.median(every) for name, every in times.items()}
+    return found | {name: min(every) for name, every in times.items()}
