@@ -9,6 +9,7 @@ from flax import linen
 
 import jopt
 from jopt import codec, quant, run
+from jopt._leaves import Prepared
 from jopt.run import _pallas, _probe
 from jopt.run._matrices import pack4, pack_bits, unpack4, unpack_bits
 from tests import nets
@@ -99,7 +100,7 @@ def test_outputs_are_those_of_the_plain_path(name, x):
         strict=True,
     ):
         chex.assert_trees_all_close(ready, plain, rtol=1e-6, atol=1e-6)
-    assert all(isinstance(leaf, jopt._leaves.Prepared) for leaf in prepared.values())
+    assert all(isinstance(leaf, Prepared) for leaf in prepared.values())
     for tree in (params, prepared):
         outputs = run.compressed(apply)(tree, x)
         np.testing.assert_allclose(outputs, reference(params, x), rtol=2e-5, atol=2e-5)
@@ -112,9 +113,9 @@ def test_rounded_inputs_are_off_by_half_a_step_of_each_row(name, x):
     prepared = run.prepare(first, params, x)
     outputs = run.compressed(first, activations="int8")(prepared, x)
     kernel = np.asarray(jopt.materialize(params["first"]), np.float64)
-    scaled = isinstance(params["first"], jopt.ScaledTensor)
-    seen = np.asarray(x, np.float64) * (np.asarray(params["first"].factor).T if scaled else 1)
-    weights = kernel / (np.asarray(params["first"].factor) if scaled else 1)
+    leaf = params["first"]
+    factor = np.asarray(leaf.factor) if isinstance(leaf, jopt.ScaledTensor) else np.ones((64, 1))
+    seen, weights = np.asarray(x, np.float64) * factor.T, kernel / factor
     step = np.abs(seen).max(1, keepdims=True) / 127
     exact = step * np.round(seen / step) @ weights
     np.testing.assert_allclose(outputs, exact, rtol=1e-4, atol=1e-4)
@@ -317,11 +318,13 @@ def test_an_explanation_names_every_leaf_and_why():
         ),
         "spare": quant.quantize(jnp.ones((4, 4)), quant.QuantSpec(8)),
         "added": quant.quantize(jnp.ones((4, 4)), quant.QuantSpec(8)),
+        "both": quant.quantize(jnp.ones((4, 4)), quant.QuantSpec(8)),
         "dense": jnp.ones((4, 4)),
     }
 
     def model(params, x):
         x = x @ params["used"] @ params["narrow"] @ params["dense"]
+        x = x @ params["both"] @ params["both"].T
         return x + params["added"]
 
     x = jnp.ones((4, 4))
@@ -331,8 +334,11 @@ def test_an_explanation_names_every_leaf_and_why():
     assert rows["used"].why == "" and rows["used"].leaf == "Int8Matrix"
     assert rows["spare"].why == "never used"
     assert rows["added"].why == "used by add"
-    assert "not laid out" in rows["narrow"].why
+    assert rows["narrow"].why == "there is no product for narrow floats"
+    assert rows["both"].why == "its uses sum over different axes"
     assert rows["dense"].leaf == "array"
+    unprepared = run.explain(model, params, x).rows
+    assert "not laid out" in next(row.why for row in unprepared if row.path == "used")
     text = str(found)
     assert "native kernels none: JOPT_NATIVE is 0" in text
     assert all(name in text for name in params)

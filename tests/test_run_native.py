@@ -164,7 +164,7 @@ def test_signs_by_signs_are_counted(kind, request):
     with pytest.raises(ValueError, match="do not multiply"):
         run.binary_product(jnp.ones((2, 300)), matrix)
     with pytest.raises(TypeError, match="kernel must be a SignMatrix"):
-        run.binary_product(jnp.ones((2, 300)), leaf)
+        run.binary_product(jnp.ones((2, 300)), leaf)  # pyright: ignore[reportArgumentType]
 
 
 @needs_compiler

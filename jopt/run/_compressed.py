@@ -13,7 +13,8 @@ from jopt.layers._interpret import How, Record
 from jopt.layers._transforms import run_layers
 from jopt.layers._uses import Use
 from jopt.run._forms import native_here
-from jopt.run._plan import Choice, run_use
+from jopt.run._plan import NOT_LAID_OUT, Choice, run_use
+from jopt.run._prepare import why_not
 from jopt.run._uses import RULES, Apply, Found, dense_avals, trace_uses
 
 ACTIVATIONS = ("float", "int8")
@@ -204,6 +205,13 @@ def explain(apply: Apply, params: Any, *args: Any, activations: str = "float") -
         if path not in used:
             why = f"used by {ends[path]}" if path in ends else "never used"
             rows.append(_ran(path, "", leaf, "restored", why))
+    layers = found.layers()
+    rows = [
+        row._replace(why=why_not(leaves[row.path], layers[row.path]) or row.why)
+        if row.why == NOT_LAID_OUT
+        else row
+        for row in rows
+    ]
     plain = dict(zip(*flatten_with_paths(params)[:2], strict=True))
     rows = [
         row._replace(nbytes=nbytes(plain[row.path]), shape=tuple(plain[row.path].shape))

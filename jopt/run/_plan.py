@@ -20,6 +20,7 @@ from jopt.run._uses import GATHER
 
 PLAIN_DOT, PLAIN_CONV, PLAIN_GATHER = "XLA, dot", _convolutions.PLAIN, "XLA, gather"
 ROWS = "rows of codes"
+NOT_LAID_OUT = "it is not laid out for products: see jopt.run.prepare"
 _WORTH = 0.95  # of the preferred way's time: less decides for another
 
 
@@ -57,7 +58,7 @@ def obstacle(use: Use, leaf: Any) -> str:
     if layer.window is not None and not _convolutions.is_product(layer.window):
         return "convolutions with a window are computed with floats"
     if not isinstance(leaf, Matrix):
-        return "it is not laid out for products: see jopt.run.prepare"
+        return NOT_LAID_OUT
     contracted = tuple(axis - len(layer.shape) for axis in layer.contracted)
     if contracted != leaf.contracted:
         return "it was prepared for a model that sums over other axes"

@@ -248,6 +248,16 @@ def matrix_of(leaf: Any, axes: Axes, input_scale: jax.Array | None = None) -> Ma
     return f"there is no product for a {type(leaf).__name__}"
 
 
+def why_not(leaf: Any, layers: tuple[Layer, ...]) -> str:
+    """Say why `prepare` lays a compressed leaf out as no matrix; empty where it does."""
+    axes = axes_of(layers)
+    if isinstance(axes, str):
+        return axes
+    found: list[Matrix | str] = []
+    jax.eval_shape(lambda leaf: found.append(matrix_of(leaf, axes)), leaf)
+    return next((each for each in found if isinstance(each, str)), "")
+
+
 def sparse_matrix(kernel: ArrayLike, axes: Axes) -> SparseMatrix:
     """Keep the weights of a kernel that are not zero.
 
