@@ -24,13 +24,15 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ co
 
 
 @pytest.fixture(scope="module")
-def native():
-    """Compile the kernels, or read them from this user's cache."""
+def native(tmp_path_factory):
+    """Compile the kernels, into a folder of the tests' own."""
     before = os.environ.pop("JOPT_NATIVE")
+    os.environ["JOPT_CACHE"] = str(tmp_path_factory.mktemp("native"))
     _build._loaded.cache_clear()
     assert run.native_problem() is None
     yield
     os.environ["JOPT_NATIVE"] = before
+    del os.environ["JOPT_CACHE"]
     _build._loaded.cache_clear()
 
 
