@@ -48,8 +48,8 @@ void parallel_for(Pool& pool, int64_t chunks, const Body& body) {
   loop->finished.wait(lock, [&] { return loop->done.load() == chunks; });
 }
 
-// Calls body(range) over ranges of outputs, in one piece where there is little work: `work` counts
-// products of floats, and waking a thread takes as long as some 100,000 of them.
+// Calls body(range) over ranges of outputs, in one piece where there is little work: fewer products
+// than a thread is woken for.
 template <class Pool, class Body>
 void over_ranges(Pool& pool, int64_t outputs, int64_t grain, int64_t work, const Body& body) {
   constexpr int64_t kWorthwhile = 200000;

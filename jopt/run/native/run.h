@@ -8,7 +8,6 @@
 namespace jopt {
 
 constexpr int64_t kGrain = 16;  // outputs of one chunk: a whole number of cache lines
-constexpr int64_t kDense = 4;   // products of int8 in the time of one of floats, about
 
 template <class T>
 std::unique_ptr<T[]> scratch(int64_t size) {
@@ -100,7 +99,7 @@ template <class Pool>
 void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs,
               const float* fixed, const Int8Weights& w, float* y) {
   const Rounded in = rounded(pool, x, rows, inputs, fixed, nullptr, w.zero);
-  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs / kDense,
+  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
               [&](Range range) { int8(in.view, w, range, y); });
 }
 
@@ -121,7 +120,7 @@ void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs,
               const Int4Weights& w, float* y) {
   const Rounded in = rounded(pool, x, rows, inputs, nullptr, &w, false);
   auto kernel = w.table ? codebook8 : int4;
-  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs / kDense,
+  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
               [&](Range range) { kernel(in.view, in.sums, w, range, y); });
 }
 
