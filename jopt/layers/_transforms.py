@@ -75,7 +75,8 @@ def trace_layers(apply: Apply, params: Any, args: tuple[Any, ...]) -> LayerTrace
     return LayerTrace(closed, values, views, paths, leaves, jax.tree.structure(out_shapes))
 
 
-def _check_apply(apply: Apply) -> None:
+def check_apply(apply: Apply) -> None:
+    """Refuse what cannot be called."""
     if not callable(apply):
         raise TypeError(f"apply must be a function (params, *args) -> outputs, not {apply!r}.")
 
@@ -88,7 +89,8 @@ def run_layers(trace: LayerTrace, how: How, extras: dict[str, Any]) -> tuple[Any
     return jax.tree.unflatten(trace.out_tree, outs), records
 
 
-def _by_path(uses: list[Use]) -> dict[str, tuple[Layer, ...]]:
+def by_path(uses: list[Use]) -> dict[str, tuple[Layer, ...]]:
+    """Return by path each way in which a product uses a parameter."""
     layers: dict[str, list[Layer]] = collections.defaultdict(list)
     for use in uses:
         if use.layer not in layers[use.layer.path]:
@@ -144,10 +146,10 @@ def find_layers(apply: Apply, params: Any, *args: Any) -> LayerReport:
       >>> report.others
       {'spare': 'never used', 'table': 'used by gather'}
     """
-    _check_apply(apply)
+    check_apply(apply)
     trace = trace_layers(apply, params, args)
     found = trace.analysis()
-    layers = _by_path(found.uses)
+    layers = by_path(found.uses)
     recorded, others = [], {}
     for path, leaf in zip(trace.paths, trace.leaves, strict=True):
         if path in layers:
@@ -212,12 +214,12 @@ def layer_inputs(apply: Apply) -> Callable[..., dict[str, jax.Array]]:
       >>> inputs({"w": jnp.ones((2, 3))}, jnp.zeros((1, 4, 2)))["w"].shape
       (4, 2)
     """
-    _check_apply(apply)
+    check_apply(apply)
 
     @jax.jit
     def inputs(params: Any, *args: Any) -> dict[str, jax.Array]:
         trace = trace_layers(apply, params, args)
-        layers = _by_path(trace.analysis().uses)
+        layers = by_path(trace.analysis().uses)
         _, records = run_layers(trace, RECORD, {})
         rows: dict[str, list[jax.Array]] = {
             path: [] for path, found in layers.items() if _conflict(found) is None
@@ -273,7 +275,7 @@ def map_inputs(apply: Apply, change: Change) -> Callable[..., Any]:
       >>> rounded(params, {}, x), rounded(params, {"w": 1.0}, x)
       (Array([2.5], dtype=float32), Array([3.], dtype=float32))
     """
-    _check_apply(apply)
+    check_apply(apply)
     if not callable(change):
         raise TypeError(f"change must be a function (layer, x, extra) -> x, not {change!r}.")
 
@@ -286,7 +288,7 @@ def map_inputs(apply: Apply, change: Change) -> Callable[..., Any]:
     @jax.jit
     def mapped(params: Any, extras: Mapping[str, Any], *args: Any) -> Any:
         trace = trace_layers(apply, params, args)
-        layers = _by_path(trace.analysis().uses)
+        layers = by_path(trace.analysis().uses)
         unknown = [path for path in extras if path not in layers]
         if unknown:
             raise ValueError(f"extras has {unknown}, not layers; the layers are {list(layers)}.")

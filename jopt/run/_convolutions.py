@@ -114,21 +114,10 @@ def shifted(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return total
 
 
-def _native_depthwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    window = shapes.window
-    strides, padding = window.strides, window.padding
-    return _native.depthwise(
-        x,
-        kernel[:, :, 0],
-        (strides[0], strides[1]),
-        (padding[0], padding[1]),
-    )
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def native_depthwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolve by the native kernel; derivatives are those of the shifted multiply-adds."""
-    return _native_depthwise(shapes, x, kernel)
+    return _native.depthwise(x, kernel[:, :, 0], shapes.window.strides, shapes.window.padding)
 
 
 @native_depthwise.defjvp

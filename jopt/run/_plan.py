@@ -29,13 +29,11 @@ class Choice(NamedTuple):
 
     Attributes:
       use: which.
-      leaf: the leaf as the caller passed it, or None for floats.
       form: the name of what computes it.
       why: why it is not a product of codes, if it is not.
     """
 
     use: Use
-    leaf: Any
     form: str
     why: str = ""
 
@@ -231,9 +229,9 @@ def run_use(
     if layer.kind == GATHER:
         out = _gathered(equation, leaf, values[1]) if is_compressed(leaf) else None
         if out is not None:
-            return [out], Choice(use, leaf, ROWS)
+            return [out], Choice(use, ROWS)
         why = "it is not laid out by rows: see jopt.run.prepare" if is_compressed(leaf) else ""
-        return bind(equation, values), Choice(use, leaf, PLAIN_GATHER, why)
+        return bind(equation, values), Choice(use, PLAIN_GATHER, why)
     why = ""
     if is_compressed(leaf):
         why = obstacle(use, leaf)
@@ -243,8 +241,8 @@ def run_use(
                 out, name = _conv(equation, leaf, x, rounded)
             else:
                 out, name = _dot(use, equation, leaf, x, rounded)
-            return [out], Choice(use, leaf, name)
+            return [out], Choice(use, name)
     if layer.kind == "conv":
         out, name = _float_conv(use, equation, values)
-        return [out] if out is not None else bind(equation, values), Choice(use, leaf, name, why)
-    return bind(equation, values), Choice(use, leaf, PLAIN_DOT, why)
+        return [out] if out is not None else bind(equation, values), Choice(use, name, why)
+    return bind(equation, values), Choice(use, PLAIN_DOT, why)

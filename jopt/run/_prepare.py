@@ -166,9 +166,8 @@ def _table(leaf: CodebookTensor, axes: Axes) -> Matrix | str:
         tables = jnp.broadcast_to(tables, full).reshape(*stacked, 1, _ENTRIES)
     else:
         whole = tuple(1 if axis in axes.contracted else size for axis, size in enumerate(shape))
-        one = Axes(axes.stacked, axes.contracted)
         each = [expand_blocks(tables[..., entry], whole) for entry in range(_ENTRIES)]
-        tables = jnp.concatenate([one.as_matrix(every) for every in each], axis=-1)
+        tables = jnp.concatenate([axes.as_matrix(every) for every in each], axis=-1)
     packed = pack4(axes.as_matrix(leaf.codes.astype(jnp.int32)))
     statics = axes.statics(shape, leaf.dtype)
     return Int4Matrix(packed, scale, None, tables, group=group, **statics)

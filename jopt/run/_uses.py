@@ -1,6 +1,5 @@
 """Where a model multiplies by its parameters, or looks up rows of them."""
 
-import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax
 from jopt._leaves import is_compressed
 from jopt.layers import Layer
 from jopt.layers._interpret import PRODUCTS, Analysis, Rules
-from jopt.layers._transforms import LayerTrace, trace_layers
+from jopt.layers._transforms import LayerTrace, by_path, check_apply, trace_layers
 from jopt.layers._uses import Use
 from jopt.layers._views import View, whole
 
@@ -58,11 +57,7 @@ class Found(NamedTuple):
 
     def layers(self) -> dict[str, tuple[Layer, ...]]:
         """Return by path each way in which a product uses a parameter."""
-        found: dict[str, list[Layer]] = collections.defaultdict(list)
-        for use in self.analysis.uses:
-            if use.layer.kind != GATHER and use.layer not in found[use.layer.path]:
-                found[use.layer.path].append(use.layer)
-        return {path: tuple(layers) for path, layers in found.items()}
+        return by_path([use for use in self.analysis.uses if use.layer.kind != GATHER])
 
     @property
     def gathered(self) -> set[str]:
@@ -86,7 +81,6 @@ def trace_uses(apply: Apply, dense: Any, args: tuple[Any, ...]) -> Found:
       TypeError: `apply` is not callable.
       ValueError: `dense` holds no array.
     """
-    if not callable(apply):
-        raise TypeError(f"apply must be a function (params, *args) -> outputs, not {apply!r}.")
+    check_apply(apply)
     trace = trace_layers(apply, dense, args)
     return Found(trace, trace.analysis(RULES))
