@@ -307,9 +307,9 @@ def smoke(settings: Settings) -> Settings:
     """Shorten everything to an epoch of small networks."""
     return dataclasses.replace(
         settings,
-        teacher=((8, 16), (1, 1)),
-        assistant=((4, 8), (0, 1)),
-        student=((2, 4), (0, 1)),
+        teacher=((8, 16), (0, 1)),
+        assistant=((4, 8), (0, 0)),
+        student=((2, 4), (0, 0)),
         batch=32,
         teacher_epochs=1,
         epochs=1,

@@ -35,7 +35,7 @@ from jopt import layers, prune
 Tree = Any
 SAME = _prune_criteria_report.SAME  # what names a row
 LISTED = _prune_criteria_report.LISTED  # what a row has for each seed
-
+SYNFLOW_ROUNDS = 100  # as the paper takes
 
 Make = Callable[[Run, Tree, float, int], Tree]
 
@@ -171,7 +171,8 @@ def _snip(run: Run, params: Tree, level: float, seed: int) -> Tree:
 
 def _synflow(run: Run, params: Tree, level: float, seed: int) -> Tree:
     apply = run.network.steady(params, None)
-    return prune.synflow_masks(apply, params, level, run.examples()[0][:2])
+    images = run.examples()[0][:2]
+    return prune.synflow_masks(apply, params, level, images, rounds=SYNFLOW_ROUNDS)
 
 
 # (how, criterion): how a row is made.

@@ -4,12 +4,14 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # One folder for this run and its workers: what one file or worker compiled serves the others.
     _CACHE = tempfile.mkdtemp(prefix="jopt-tests-")
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+    os.environ["JOPT_CACHE"] = str(Path(_CACHE) / "jopt")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -25,6 +27,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from hypothesis import settings
+
+from jopt.codec import _native
+
+COMPILER = next(
+    (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # tests compile far more than they run
@@ -63,6 +71,17 @@ def compiled_programs_are_forgotten():
     """Let go of what a file's tests compiled: thousands of programs exhaust a process's maps."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def native_codec():
+    """Code files natively where there is a compiler, which is faster; by default NumPy does."""
+    before = os.environ["JOPT_NATIVE"]
+    os.environ["JOPT_NATIVE"] = "codec"
+    _native.load.cache_clear()
+    yield
+    os.environ["JOPT_NATIVE"] = before
+    _native.load.cache_clear()
 
 
 @pytest.fixture

@@ -28,7 +28,10 @@ from experiments import (
 from experiments._text_models import TextCNN, TextTransformer
 from tests import tiny_tfds
 
-pytestmark = pytest.mark.filterwarnings("default")  # those of TFDS and matplotlib are not ours
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # those of TFDS and matplotlib are not ours
+    pytest.mark.usefixtures("native_codec"),
+]
 
 
 @pytest.fixture

@@ -24,7 +24,10 @@ from experiments import (
 from jopt import codec
 from tests import tiny_tfds
 
-pytestmark = pytest.mark.filterwarnings("default")  # those of TFDS and matplotlib are not ours
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # those of TFDS and matplotlib are not ours
+    pytest.mark.usefixtures("native_codec"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,10 @@ from experiments import _data, _decoder, _language, _language_network, language_
 from jopt import distill, layers, prune, quant
 from tests import tiny_tfds
 
-pytestmark = pytest.mark.filterwarnings("default")  # those of TFDS and matplotlib are not ours
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # those of TFDS and matplotlib are not ours
+    pytest.mark.usefixtures("native_codec"),
+]
 pytest.importorskip("tokenizers")
 
 

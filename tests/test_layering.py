@@ -13,14 +13,15 @@ BASE = {"_leaves", "_arrays", "_trees", "layers"}
 ALLOWED = {
     "_leaves": set(),
     "_files": set(),
+    "_compiling": set(),
     "_arrays": {"_leaves"},
     "_trees": BASE - {"_trees", "layers"},
     "layers": BASE - {"layers"},
     "quant": BASE,
     "prune": BASE,
     "distill": BASE | {"_files"},
-    "codec": BASE | {"_files"},
-    "run": BASE,
+    "codec": BASE | {"_files", "_compiling"},
+    "run": BASE | {"_compiling"},
     "cli": BASE | {"quant", "prune", "distill", "codec", "run", "__init__"},
     "__init__": BASE | {"quant", "prune", "distill", "codec", "run"},
 }

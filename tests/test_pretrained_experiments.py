@@ -31,7 +31,10 @@ from experiments._text_models import SentenceFeatures
 from jopt import layers, quant
 from tests import tiny_bert, tiny_tfds
 
-pytestmark = pytest.mark.filterwarnings("default")  # those of TFDS and matplotlib are not ours
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # those of TFDS and matplotlib are not ours
+    pytest.mark.usefixtures("native_codec"),
+]
 WORDS = "[PAD] [UNK] [CLS] [SEP] a film of the year bad good ? ##s".split()
 
 

@@ -25,7 +25,10 @@ from experiments import (
 from jopt import prune
 from tests import tiny_tfds
 
-pytestmark = pytest.mark.filterwarnings("default")  # those of TFDS and matplotlib are not ours
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # those of TFDS and matplotlib are not ours
+    pytest.mark.usefixtures("native_codec"),
+]
 
 
 def test_extreme_runs_resumes_and_keeps_what_it_promises(tmp_path, monkeypatch):
@@ -105,6 +108,7 @@ def test_every_way_of_pruning_and_channels_run_on_little_data(tmp_path, monkeypa
         _prune_criteria, "NETWORKS", {"cnn": _prune_criteria.NETWORKS["cnn"]}
     )  # LeNet-5 takes the same ways
     monkeypatch.setattr(_prune_criteria, "TRIED", _prune_criteria.TRIED[1:])
+    monkeypatch.setattr(_prune_criteria, "SYNFLOW_ROUNDS", 3)
     out = tmp_path / "out"
     arguments = ["--only", "criteria", "channels", "--dataset", "tiny_digits", "--smoke"]
     prune_images.main([*arguments, "--out", str(out)])

@@ -1,7 +1,6 @@
 """Native kernels: figures of float64, under jit and vmap, and no byte read that is not theirs."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,12 +13,10 @@ from flax import linen
 
 from jopt import quant, run
 from jopt.run import _build, _forms, _native
+from tests.conftest import COMPILER
 from tests.test_run import MAKERS, _tree, apply, reference
 
 ROOT = Path(__file__).parent.parent
-COMPILER = next(
-    (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
-)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
 
@@ -45,7 +42,7 @@ def test_kernels_are_compiled_once_and_say_for_what(native):
         "NEON, as the compiler vectorizes",
         "portable",
     }
-    library, _ = _build._library()
+    library, _ = _build.file_and_command()
     assert library.exists()
     changed = library.stat().st_mtime_ns
     _build._loaded.cache_clear()

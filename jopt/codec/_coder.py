@@ -32,6 +32,33 @@ def _categorical(weights: np.ndarray) -> Any:
     return _stream.model.Categorical(weights.astype(np.float64), perfect=False)
 
 
+def stream_bytes(words: np.ndarray) -> bytes:
+    """Return the bytes of a stream; its last word is never 0, so nothing is lost."""
+    return words.astype("<u4").tobytes().rstrip(b"\0")
+
+
+def stream_words(data: bytes) -> np.ndarray:
+    """Return the words of what `stream_bytes` wrote.
+
+    Raises:
+      CodecError: it cannot have written that.
+    """
+    if data.endswith(b"\0"):
+        raise CodecError("the coded stream ends in a zero byte.")
+    padded = data + bytes(-len(data) % 4)
+    return np.frombuffer(padded, "<u4").astype(np.uint32)
+
+
+def refuse_rest(empty: bool) -> None:
+    """Refuse a stream that is not used up, which a wrong decoding hardly ever achieves.
+
+    Raises:
+      CodecError: something is left.
+    """
+    if not empty:
+        raise CodecError("the coded stream holds more than its symbols.")
+
+
 class Writer:
     """Collect symbols with their models, then encode them all."""
 
@@ -58,8 +85,7 @@ class Writer:
                 coder.encode_reverse(truth.astype(np.int32), _BERNOULLI, chances / ONE)
             else:
                 coder.encode_reverse(truth.astype(np.int32), _categorical(weights))
-        words = coder.get_compressed().astype("<u4")
-        return words.tobytes().rstrip(b"\0")  # the last word is never 0, so nothing is lost
+        return stream_bytes(coder.get_compressed())
 
 
 def _join_flags(events: list) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -78,10 +104,7 @@ class Reader:
     """Decode symbols in the order in which a Writer took them."""
 
     def __init__(self, data: bytes) -> None:
-        if data.endswith(b"\0"):
-            raise CodecError("the coded stream ends in a zero byte.")
-        padded = data + bytes(-len(data) % 4)
-        words = np.frombuffer(padded, "<u4").astype(np.uint32)
+        words = stream_words(data)
         self._coder = _guard(lambda: _AnsCoder(words))
 
     def flags(self, truth: np.ndarray | None, chances: np.ndarray) -> np.ndarray:
@@ -99,13 +122,12 @@ class Reader:
         return int(self._coder.num_valid_bits())
 
     def finish(self) -> None:
-        """Check that the stream is used up, which a wrong decoding hardly ever achieves.
+        """Check that the stream is used up.
 
         Raises:
           CodecError: something is left.
         """
-        if not self._coder.is_empty():
-            raise CodecError("the coded stream holds more than its symbols.")
+        refuse_rest(self._coder.is_empty())
 
 
 Coder = Writer | Reader

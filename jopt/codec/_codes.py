@@ -7,12 +7,17 @@ sparse     which are not the commonest word, then how those differ from it
 import numpy as np
 
 from jopt.codec._bytes import Cursor
-from jopt.codec._coder import Reader, Writer
+from jopt.codec._coding import (
+    code_flags,
+    code_histogram,
+    code_values,
+    reader_for,
+    writer_for,
+)
 from jopt.codec._errors import CodecError
-from jopt.codec._flags import code_flags, flag_head, read_flag_head
+from jopt.codec._flags import flag_head, read_flag_head
 from jopt.codec._grids import find_lags, grid_of
-from jopt.codec._models import RATES, code_histogram
-from jopt.codec._values import code_values
+from jopt.codec._models import RATES
 
 HISTOGRAM, SPARSE = 2, 3
 """The first byte of each way."""
@@ -43,14 +48,14 @@ def rate_for(counts: np.ndarray) -> int:
 
 def _encode_histogram(words: np.ndarray, width: int, counts: np.ndarray) -> bytes:
     rate = rate_for(counts)
-    writer = Writer()
+    writer = writer_for(len(words))
     code_histogram(writer, words, len(words), 1 << width, rate)
     return bytes([HISTOGRAM, rate]) + writer.finish()
 
 
 def decode_histogram(cursor: Cursor, width: int, shape: tuple[int, ...], size: int) -> tuple:
     rate = _checked_rate(cursor.byte())
-    reader = Reader(cursor.rest())
+    reader = reader_for(size, cursor.rest())
     words = code_histogram(reader, None, size, 1 << width, rate)
     reader.finish()
     return words, 0
@@ -70,7 +75,7 @@ def _encode_sparse(words: np.ndarray, width: int, shape: tuple[int, ...], blank:
     flags = values != 0
     kept = values[flags]
     head, base = flag_head(flags, lags)
-    writer = Writer()
+    writer = writer_for(len(words))
     code_flags(writer, flags, grid, lags, base)
     if (kept == kept[0]).all():
         mode = bytes([_ONE_VALUE, int(kept[0]) % (2 * half)])
@@ -89,11 +94,11 @@ def decode_sparse(cursor: Cursor, width: int, shape: tuple[int, ...], size: int)
     blank, mode = cursor.byte(), cursor.byte()
     only = cursor.byte() if mode == _ONE_VALUE else 0
     lags, base = read_flag_head(cursor)
-    reader, grid = Reader(cursor.rest()), grid_of(shape)
+    reader, grid = reader_for(size, cursor.rest()), grid_of(shape)
     whole = reader.bits_left()
     flags = code_flags(reader, None, grid, lags, base)
     mask = (whole - reader.bits_left()) // 8
-    values = np.zeros(size, np.int64)
+    values = np.zeros(size, np.int16)
     if mode == _ONE_VALUE:
         values[flags] = only
     elif mode & _BY_HISTOGRAM:
@@ -104,4 +109,4 @@ def decode_sparse(cursor: Cursor, width: int, shape: tuple[int, ...], size: int)
     else:
         raise CodecError(f"mode {mode} of the values is unknown.")
     reader.finish()
-    return (values + blank) % (1 << width), mask
+    return (values + blank) & ((1 << width) - 1), mask

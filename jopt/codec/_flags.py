@@ -40,7 +40,8 @@ def code_flags(
     offsets = lags.offsets(grid)
     margin = int(offsets.max(initial=0))
     known = np.zeros(margin + grid.size, np.int16)  # UNIT where not blank
-    density = _Density(with_periods(grid, lags), lags)
+    layout, period = density_layout(grid, lags)
+    density = _Density(layout, lags, period)
     count, fixed = density.count, 1 + density.count + density.pools
     model = Logistic(
         [base / BASE_UNITS] + [0.8] * count + [0.3] * density.pools + [0.4] * len(offsets)
@@ -58,12 +59,16 @@ def code_flags(
     return known[margin:] > 0
 
 
+def density_layout(grid: Grid, lags: Lags) -> tuple[Grid, int]:
+    """Return the grid with all axes that have factors, and how many waves these stay the same."""
+    return with_periods(grid, lags), 1 if grid.size < _LARGE else _PERIOD
+
+
 class _Density:
     """The factors of rows, columns and further axes, and the pooled factors of lagged rows."""
 
-    def __init__(self, grid: Grid, lags: Lags) -> None:
+    def __init__(self, grid: Grid, lags: Lags, period: int) -> None:
         self._axes, self._lags, self._is_table = grid.axes, lags, grid.is_table
-        period = 1 if grid.size < _LARGE else _PERIOD
         self._factors = [Factor(length, period) for _, length in grid.axes]
         self._up, self._left = max(lags.up, default=0), max(lags.left, default=0)
         if grid.is_table:  # in front of either, zeros for the lags that reach out

@@ -51,6 +51,11 @@ _LOGS = _log_table()
 _LN2_NUMERATOR = 181704  # UNIT * ln(2) * 1024
 
 
+def tables() -> tuple[np.ndarray, np.ndarray]:
+    """Return what `squash` and `log_ratio` look up."""
+    return _SQUASH, _LOGS
+
+
 def squash(odds: np.ndarray) -> np.ndarray:
     """Turn log-odds into probabilities in units of 1/ONE, never 0 or 1."""
     index = odds.astype(np.intp)

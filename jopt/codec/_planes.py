@@ -7,12 +7,11 @@ pay and the mantissas do not.
 import numpy as np
 
 from jopt.codec._bytes import Cursor, varint
-from jopt.codec._coder import Reader, Writer
 from jopt.codec._codes import rate_for
+from jopt.codec._coding import code_flags, code_histogram, reader_for, writer_for
 from jopt.codec._errors import CodecError
-from jopt.codec._flags import code_flags, flag_head, read_flag_head
+from jopt.codec._flags import flag_head, read_flag_head
 from jopt.codec._grids import Lags, find_lags, grid_of
-from jopt.codec._models import code_histogram
 from jopt.codec._words import word_dtype
 
 PLANES, MASKED_PLANES = 4, 5
@@ -21,7 +20,7 @@ PLANES, MASKED_PLANES = 4, 5
 
 def plane_candidates(words: np.ndarray, width: int, shape: tuple[int, ...]) -> list[bytes]:
     flags = words != 0
-    writer, head = Writer(), b""
+    writer, head = writer_for(len(words)), b""
     masked = np.count_nonzero(flags) < len(words) * 15 / 16
     if masked:
         grid = grid_of(shape)
@@ -75,7 +74,7 @@ def decode_planes(
     if modes >> 2 * (width // 8):
         raise CodecError("there are more planes than bytes in a word.")
     lags, base = read_flag_head(cursor) if masked else (Lags(), 0)
-    reader = Reader(cursor.take(cursor.varint()))
+    reader = reader_for(size, cursor.take(cursor.varint()))
     whole = reader.bits_left()
     flags = code_flags(reader, None, grid_of(shape), lags, base) if masked else np.True_
     mask = (whole - reader.bits_left()) // 8

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jopt.run._build import SWITCH, cache_folder, instructions
+from jopt._compiling import SWITCH, cache_folder
+from jopt.run._build import instructions
 
 PROBE = "JOPT_PROBE"  # 0: nothing is timed, what is preferred unmeasured is taken
 _ROUNDS = 7
