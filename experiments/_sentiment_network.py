@@ -203,6 +203,24 @@ class Rows:
         self.done[key] = found
         _results.write_atomically(self.file, json.dumps(self.done).encode())
 
+    def latencies(
+        self, whole: Tree, made: Mapping[tuple[str, str, str], Callable[[], Made]], repeats: int
+    ) -> Latencies:
+        """Time the whole network and others in turns, or read what was measured.
+
+        Args:
+          whole: its parameters.
+          made: by kind, form and method, what `add` takes; trained ones are read.
+          repeats: how often.
+        """
+        if "latency_ms" not in self.done:
+            sides: dict[str, Any] = {"float": (self.run.predict, whole)}
+            for (_, form, method), make in made.items():
+                tree, _, predict = make()
+                sides[f"{form}, {method}"] = predict, jopt.materialize(tree)
+            self.keep("latency_ms", self.run.latencies(sides, repeats))
+        return self.done["latency_ms"]
+
     def list(self) -> list[dict[str, Any]]:
         """Return the rows in the order in which they were asked for."""
         return [self.done[key] for key in self.wanted]

@@ -6,10 +6,11 @@
     python -m experiments.sentiment --smoke                  # a trial in a minute
 
 Part `after` quantizes and prunes it after training: `experiments._sentiment_after`. Part `trained`
-trains on while weights go, removes heads and layers, and teaches small students:
-`experiments._sentiment_trained`. All networks are scored as their files give them back. Choices are
-made on validation sentences; the test sentences, of other films, are looked at once. Finished
-trainings and rows are kept: a killed run goes on where it was.
+trains on while weights go, and removes heads and layers: `experiments._sentiment_trained`. Part
+`students` teaches three layers, and packs them: `experiments._sentiment_students`. All networks are
+scored as their files give them back. Choices are made on validation sentences; the test sentences,
+of other films, are looked at once. Finished trainings and rows are kept: a killed run goes on where
+it was.
 """
 
 import dataclasses
@@ -27,6 +28,8 @@ from experiments import (
     _sentiment_after,
     _sentiment_network,
     _sentiment_report,
+    _sentiment_students,
+    _sentiment_taught,
     _sentiment_trained,
 )
 
@@ -82,15 +85,46 @@ def trained(
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
     del plot
     run, tag = start(dataset, head, seeds, work, console, checkpoint)
-    settings = _sentiment_trained.Settings()
+    settings, lessons = _sentiment_trained.Settings(), lessons_of(head)
     settings = settings if head is None else _sentiment_trained.smoke(settings)
     measured = [
-        _sentiment_trained.Trained(run, settings, seed, 3 if head else 20).measure()
+        _sentiment_trained.Trained(run, lessons, settings, seed).measure(3 if head else 20)
         for seed in seeds
     ]
-    more = {"trained": dataclasses.asdict(settings)}
+    more = {"lessons": dataclasses.asdict(lessons), "trained": dataclasses.asdict(settings)}
     targets = _sentiment_trained.targets_of
     return results(run, tag, measured, _sentiment_trained.LISTED, targets, more, console)
+
+
+def students(
+    dataset: str | None,
+    head: int | None,
+    seeds: tuple[int, ...],
+    work: Path,
+    plot: Callable[[str], Path],
+    console: Console,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Run or resume the part; returns its tag, data, settings, figures and targets."""
+    del plot
+    run, tag = start(dataset, head, seeds, work, console, checkpoint)
+    settings, lessons = _sentiment_students.Settings(), lessons_of(head)
+    settings = settings if head is None else _sentiment_students.smoke(settings)
+    measured = [
+        _sentiment_students.Students(run, lessons, settings, seed).measure(3 if head else 20)
+        for seed in seeds
+    ]
+    packings = {name: dataclasses.asdict(how) for name, how in _sentiment_students.PACKINGS.items()}
+    more = {"lessons": dataclasses.asdict(lessons), "packings": packings}
+    more |= {"students": dataclasses.asdict(settings)}
+    targets = _sentiment_students.targets_of
+    return results(run, tag, measured, _sentiment_students.LISTED, targets, more, console)
+
+
+def lessons_of(head: int | None) -> _sentiment_taught.Lessons:
+    """Return what the teacher says, less of it in a trial."""
+    whole = _sentiment_taught.Lessons()
+    return whole if head is None else dataclasses.replace(whole, copies=2, spliced=1)
 
 
 def results(
@@ -117,7 +151,7 @@ def results(
     }
 
 
-PARTS: dict[str, _parts.Part] = {"after": after, "trained": trained}
+PARTS: dict[str, _parts.Part] = {"after": after, "trained": trained, "students": students}
 
 
 def main(arguments: list[str] | None = None) -> None:

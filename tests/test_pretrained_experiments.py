@@ -15,13 +15,14 @@ pytest.importorskip("safetensors")
 
 from experiments import (
     _bert,
+    _compress,
     _data,
     _efficientnet,
     _post_training,
     _results,
     _sentences,
     _sentiment_after,
-    _sentiment_trained,
+    _sentiment_students,
     embeddings,
     imagenet_net,
     sentiment,
@@ -128,6 +129,8 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     monkeypatch.setattr(_post_training, "CRITERIA", ("Wanda",))  # with the language model
     monkeypatch.setattr(_sentiment_after, "BITS", (4,))
     monkeypatch.setattr(_sentiment_after, "PATTERNS", {"2:4": (2, 4)})
+    packing = _sentiment_students.Packing(4, _compress.Recipe(0.5, 4, 1, 1, 3e-4))
+    monkeypatch.setattr(_sentiment_students, "PACKINGS", {"tiny": packing})
     arguments = ["--smoke", "--dataset", "tiny_text", "--checkpoint", str(checkpoint)]
     sentiment.main([*arguments, "--out", str(folder / "out")])
     (file,) = (folder / "out").glob("*.json")
@@ -159,13 +162,16 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
         ("90%", "movement, taught"),
         ("50% of units", "saliency, taught"),
         ("1 layers", "taught"),
-        ("1 layers", "TinyBERT"),
-        ("1 layers", "50%, 4 bits"),
-        ("tiny", "50%, 4 bits, rank 4"),
     ]
     whole = rows["32 bits", ""]["bytes"][0]
     assert all(row["bytes"][0] < whole for row in list(rows.values())[1:])
-    assert len(figures["latency_ms"]) == 6
+    assert len(figures["latency_ms"]) == 3
+    figures = made["students"]
+    sizes = [row["bytes"][0] for row in figures["rows"]]
+    assert [row["form"] for row in figures["rows"]] == ["32 bits", "1 layers", "tiny"]
+    assert figures["rows"][-1]["method"] == "50%, 4 bits, rank 4"
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(figures["latency_ms"]) == 3
 
 
 def test_what_names_a_training_is_the_same_in_every_process():
@@ -211,9 +217,9 @@ def test_what_happens_inside_a_student_is_what_its_own_layers_do_in_the_teacher(
     said = SentenceFeatures(jnp.zeros((2, 2)), jnp.zeros((2, 6)))
     teacher = _bert.Inside(said, tuple(hidden), tuple(scores))
     student = _bert.Inside(said, (hidden[0], hidden[3]), (scores[2],))
-    loss = _sentiment_trained.inner_losses(student, teacher, (2,), real)
+    loss = _sentiment_students.inner_losses(student, teacher, (2,), real)
     np.testing.assert_allclose(loss, np.zeros(2), atol=1e-7)
-    assert (_sentiment_trained.inner_losses(student, teacher, (1,), real) > 0.1).all()
+    assert (_sentiment_students.inner_losses(student, teacher, (1,), real) > 0.1).all()
 
 
 def test_steps_see_every_sentence_once_and_no_more_words_than_they_have():

@@ -1,0 +1,179 @@
+"""Sentiment, in students: three layers that learn from the fine-tuned network, and small files.
+
+The student starts from every other layer of the teacher, learns its hidden states and attention
+scores, then its answers (TinyBERT). Packed, its words become vectors of a few numbers (the best
+approximation of their table by rank), it is pruned, and trained through the rounding.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from experiments import _bert, _compress, _distill_training, _results, _sentiment_network
+from experiments._sentiment_network import KERNELS, Made
+from experiments._sentiment_taught import Lessons, Loss, Row, Taught, Tree
+from jopt import distill
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How small a student is made: words of so many numbers, then a recipe."""
+
+    factor: int
+    recipe: _compress.Recipe
+
+    @property
+    def words(self) -> str:
+        """Say it in short."""
+        return f"{self.recipe.sparsity:.0%}, {self.recipe.bits} bits, rank {self.factor}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the outcome beside the settings of the network and its lessons."""
+
+    student: tuple[int, ...] = (1, 3, 5)  # layers that the student starts from and learns
+    feature_epochs: int = 2
+    epochs: int = 6
+
+
+PACKINGS = {
+    "small": Packing(128, _compress.Recipe(0.5, 4, 2, 2, 3e-4)),
+    "tiny": Packing(96, _compress.Recipe(0.8, 4, 6, 3, 3e-4)),
+    "smallest": Packing(48, _compress.Recipe(0.9, 4, 6, 3, 3e-4)),
+}
+
+
+class Students(Taught):
+    """One seed: the teacher, its student, and the files that this is packed into."""
+
+    def __init__(
+        self, run: _sentiment_network.Run, lessons: Lessons, settings: Settings, seed: int
+    ) -> None:
+        """Fine-tune the teacher, or read it."""
+        super().__init__(run, lessons, seed, "students", settings)
+        self.settings = settings
+
+    def student(self) -> Tree:
+        """Teach three layers hidden states and attention, then answers."""
+        settings, run = self.settings, self.run
+        module, places = self.module(len(settings.student)), settings.student
+
+        def features(params: Tree, teacher: Tree, batch: _distill_training.Batch) -> Any:
+            real = batch.images != run.padding
+            own = _bert.inside(module, params, batch.images, real, batch.key)
+            whole = _bert.inside(run.module, teacher, batch.images, real)
+            return inner_losses(own, whole, places, real).mean(), teacher
+
+        start = _bert.some_layers(self.teacher, places)
+        epochs = settings.feature_epochs
+        start = self.fit("student-features", features, start, epochs, state=self.teacher)
+        loss = self.taught(run.training_of(module))
+        return self.fit("student", loss, start, settings.epochs)
+
+    def packed(self, packing: Packing) -> Made:
+        """Factorize the student's words, prune it, and quantize it by training."""
+        run, params, factor = self.run, self.student(), packing.factor
+        module = self.module(len(self.settings.student), factor)
+        counts = np.bincount(
+            np.asarray(run.pool.images).ravel(), minlength=run.module.encoder.vocabulary
+        )
+        params = _bert.factorized(params, factor, counts + 1.0)
+        encoder = params["encoder"]
+        places = encoder["places"]["embedding"][: run.settings.length]  # more there never are
+        params = params | {"encoder": encoder | {"places": {"embedding": places}}}
+        module = module.clone(encoder=module.encoder.clone(positions=len(places)))
+        logits = run.training_of(module)
+
+        def make_loss(view: Callable[[Tree], Tree]) -> Loss:
+            return self.taught(lambda params, ids, key: logits(view(params), ids, key))
+
+        recipe = packing.recipe
+        name = f"rank-{factor}-{recipe.prune_epochs}-{recipe.quantize_epochs}"
+        tree = _compress.compress(
+            recipe,
+            params,
+            make_loss,
+            self.pool,
+            run.settings.batch,
+            self.seed,
+            self.work / name,
+            run.say,
+            where=KERNELS,
+            loop=self.loop,
+        )
+        return tree, {}, run.predict_of(module)
+
+    def measure(self, repeats: int) -> tuple[list[Row], _sentiment_network.Latencies]:
+        """Train, score and time every network that is not among the finished ones."""
+        run, layers = self.run, len(self.settings.student)
+        rows = _sentiment_network.Rows(run, self.work.name, self.seed)
+
+        def three_layers() -> Made:
+            return self.student(), {}, run.predict_of(self.module(layers))
+
+        shapes: dict[tuple[str, str, str], Callable[[], Made]] = {
+            ("student", f"{layers} layers", "TinyBERT"): three_layers
+        } | {
+            ("student", name, packing.words): partial(self.packed, packing)
+            for name, packing in PACKINGS.items()
+        }
+        float32 = {"kind": "float", "form": "32 bits", "method": ""}
+        rows.add(float32, lambda: (self.teacher, {}, None))
+        for (kind, form, method), make in shapes.items():
+            rows.add({"kind": kind, "form": form, "method": method}, make)
+        return rows.list(), rows.latencies(self.teacher, shapes, repeats)
+
+
+def inner_losses(
+    student: _bert.Inside, teacher: _bert.Inside, places: Sequence[int], real: Array
+) -> Array:
+    """Return the loss of each sentence by hidden states and attention scores, (batch,).
+
+    Args:
+      student: what is inside it.
+      teacher: what is inside it, as wide.
+      places: the teacher's layer for each of the student's.
+      real: booleans, (batch, length).
+    """
+    losses = [distill.hidden_state_loss(student.hidden[0], teacher.hidden[0], real)]
+    for number, place in enumerate(places):
+        pair = student.hidden[number + 1], teacher.hidden[place + 1]
+        losses.append(distill.hidden_state_loss(*pair, real))
+        scores = student.scores[number], teacher.scores[place]
+        losses.append(distill.attention_score_loss(*scores, real))
+    return jnp.sum(jnp.stack(losses), 0)
+
+
+def smoke(settings: Settings) -> Settings:
+    """Shorten everything to an epoch of a student of one layer."""
+    return dataclasses.replace(settings, student=(1,), feature_epochs=1, epochs=1)
+
+
+LISTED = ("bytes", "validation", "test")
+KEPT, SMALL = 0.97, 20.0  # of the accuracy; times fewer bytes
+LOST, TINY = 0.03, 50.0
+
+
+def targets_of(rows: list[Row]) -> list[dict[str, Any]]:
+    """Hold the files' bytes and what they lose against what was asked for."""
+    whole = rows[0]
+    by_form = {row["form"]: row for row in rows}
+
+    def smaller(row: Row) -> float:
+        return round(min(a / b for a, b in zip(whole["bytes"], row["bytes"], strict=True)), 2)
+
+    small, tiny = by_form["small"], by_form["tiny"]
+    kept = round(small["mean_test"] / whole["mean_test"], 5)
+    lost = round(whole["mean_test"] - tiny["mean_test"], 6)
+    return [
+        _results.target("small: times fewer bytes", smaller(small), SMALL, "higher"),
+        _results.target("small: of the test accuracy", kept, KEPT, "higher"),
+        _results.target("tiny: times fewer bytes", smaller(tiny), TINY, "higher"),
+        _results.target("tiny: test accuracy lost", lost, LOST, "lower"),
+    ]

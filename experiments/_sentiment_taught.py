@@ -1,0 +1,150 @@
+"""What networks learn from the fine-tuned one: its answers about sentences, some made for that.
+
+Beside the sentences as they are, the pool has copies with words blanked out and copies spliced from
+the halves of two, which have no label (`experiments.distill_text`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from experiments import (
+    _bert,
+    _checkpoint,
+    _distill_methods,
+    _distill_training,
+    _sentences,
+    _sentiment_network,
+    distill_text,
+)
+
+Tree = Any
+Row = dict[str, Any]
+Loss = _distill_training.Loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """What the teacher says, and how much of it counts."""
+
+    temperature: float = 2.0
+    soft_weight: float = 0.7
+    blanked: float = 0.15  # of the words
+    copies: int = 4  # of the sentences, the first as they are, the others with words blanked out
+    spliced: int = 4  # further copies, of spliced sentences
+
+
+def make_pool(run: _sentiment_network.Run, lessons: Lessons) -> _distill_training.Pool:
+    """Copy the training sentences with words blanked out, then spliced, without labels."""
+    rows, labels, padding = run.pool.images, run.pool.labels, run.padding
+    unknown = run.unknown
+
+    def blanked(key: Array, rows: Array) -> Array:
+        places = jnp.arange(rows.shape[1])[None]
+        ends = jnp.sum(rows != padding, 1, keepdims=True) - 1
+        inner = (places > 0) & (places < ends)  # the marks of beginning and end stay
+        blank = jax.random.bernoulli(key, lessons.blanked, rows.shape)
+        return jnp.where(blank & inner, unknown, rows)
+
+    def spliced(key: Array) -> Array:
+        other, blank = jax.random.split(key)
+        shuffled = jax.random.permutation(other, rows)
+        return blanked(blank, distill_text.splice(rows, shuffled, padding))
+
+    own = [blanked(jax.random.key(2000 + copy), rows) for copy in range(1, lessons.copies)]
+    new = [spliced(jax.random.key(3000 + copy)) for copy in range(lessons.spliced)]
+    nobody = jnp.full_like(labels, -1)
+    return _distill_training.Pool(
+        jnp.concatenate([rows, *own, *new]),
+        jnp.concatenate([labels] * lessons.copies + [nobody] * lessons.spliced),
+        len(labels),
+    )
+
+
+class Taught:
+    """One seed: the teacher, what it says, and how others are trained with that."""
+
+    def __init__(
+        self, run: _sentiment_network.Run, lessons: Lessons, seed: int, part: str, settings: Any
+    ) -> None:
+        """Fine-tune the teacher, or read it.
+
+        Args:
+          run: the checkpoint and the sentences.
+          lessons: what the teacher says.
+          seed: of everything drawn.
+          part: of the experiment, in names of files.
+          settings: of the part, which its checkpoints belong to.
+        """
+        self.run, self.lessons, self.seed = run, lessons, seed
+        self.teacher = run.teacher(seed)
+        about = _checkpoint.digest([dataclasses.asdict(lessons)])
+        answers = run.work / f"answers-{seed}-{about}.ckpt"
+        about = _checkpoint.digest([dataclasses.asdict(lessons), dataclasses.asdict(settings)])
+        self.work = run.work / f"{part}-{seed}-{about}"
+        pool = make_pool(run, lessons)
+        self.pool = dataclasses.replace(pool, teacher=self._answers(pool, answers))
+        longest = np.asarray(jnp.sum(pool.images != run.padding, 1))
+        self.loop = _sentences.cut_steps(longest)
+
+    def _answers(self, pool: _distill_training.Pool, file: Path) -> Array:
+        """Ask the teacher about every sentence of the pool, or read what it said."""
+        shape = (len(pool.labels), self.run.texts.num_classes)
+        found = _checkpoint.restore(file, np.zeros(shape, np.float32))
+        if found is None:
+            ids = np.asarray(pool.images)
+            tokens = _bert.Tokens(ids, ids != self.run.padding, np.zeros_like(ids))
+            found = _sentences.through(partial(self.run.predict, self.teacher), tokens)
+            _checkpoint.save(file, found)
+        return jnp.asarray(found)
+
+    def module(self, layers: int, factor: int | None = None) -> _bert.BertClassifier:
+        """Return the classifier with another number of layers, and factorized words."""
+        whole = self.run.module
+        return whole.clone(encoder=whole.encoder.clone(layers=layers, factor=factor))
+
+    def fit(
+        self,
+        name: str,
+        loss: Loss,
+        params: Tree,
+        epochs: int,
+        tx: optax.GradientTransformation | None = None,
+        state: Tree = (),
+    ) -> Tree:
+        """Train something, or go on, or read it."""
+        of = self.run.settings
+        how = _distill_training.Fit(
+            of.batch, epochs, of.rate, of.weight_decay, loop=self.loop, plain_last=True
+        )
+        file, say = self.work / f"{name}.ckpt", self.run.say
+        return how.run(loss, params, self.pool, self.seed, file, say, tx=tx, state=state)
+
+    def taught(self, logits: Callable[[Tree, Array, Array], Array]) -> Loss:
+        """Return the loss of `(params, ids, key) -> logits` that the teacher's answers make."""
+
+        def loss(params: Tree, state: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
+            own = logits(params, batch.images, batch.key)
+            return self.mixed(own, batch).mean(), state
+
+        return loss
+
+    def mixed(self, logits: Array, batch: _distill_training.Batch) -> Array:
+        """Return the loss of each sentence by its label and the teacher's answer."""
+        lessons = self.lessons
+        return _distill_methods.mixed_loss(
+            logits, batch.teacher, batch.labels, lessons.temperature, lessons.soft_weight
+        )
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps an epoch has."""
+        return max(1, self.pool.count // self.run.settings.batch)
