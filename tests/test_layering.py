@@ -21,7 +21,7 @@ ALLOWED = {
     "prune": BASE,
     "distill": BASE | {"_files"},
     "codec": BASE | {"_files", "_compiling"},
-    "run": BASE | {"_compiling"},
+    "run": BASE | {"_files", "_compiling"},
     "cli": BASE | {"quant", "prune", "distill", "codec", "run", "__init__"},
     "__init__": BASE | {"quant", "prune", "distill", "codec", "run"},
 }

@@ -10,7 +10,6 @@ from typing import Any
 import flax.struct as struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jopt._arrays import expand_blocks, hadamard
 from jopt._leaves import Prepared
@@ -373,12 +372,9 @@ def pack_bits(flags: jax.Array) -> jax.Array:
       >>> pack_bits(jnp.array([True, False, True])).tolist()
       [5, 0, 0, 0]
     """
-    *before, inputs = flags.shape
-    fill = -inputs % WORD
-    filled = jnp.pad(flags.astype(jnp.uint8), [(0, 0)] * len(before) + [(0, fill)])
-    eight = filled.reshape(*before, (inputs + fill) // 8, 8)
-    places = lax.broadcasted_iota(jnp.uint8, eight.shape, eight.ndim - 1)
-    return jnp.sum(eight << places, axis=-1, dtype=jnp.uint8)
+    fill = -flags.shape[-1] % WORD
+    filled = jnp.pad(flags, [(0, 0)] * (flags.ndim - 1) + [(0, fill)])
+    return jnp.packbits(filled, axis=-1, bitorder="little")
 
 
 def unpack_bits(bits: jax.Array, inputs: int) -> jax.Array:
@@ -389,7 +385,4 @@ def unpack_bits(bits: jax.Array, inputs: int) -> jax.Array:
       >>> unpack_bits(jnp.array([5, 0, 0, 0], jnp.uint8), 3).tolist()
       [1, 0, 1]
     """
-    *before, width = bits.shape
-    spread = jnp.broadcast_to(bits[..., None], (*bits.shape, 8))
-    eight = (spread >> lax.broadcasted_iota(jnp.uint8, spread.shape, bits.ndim)) & jnp.uint8(1)
-    return eight.reshape(*before, 8 * width)[..., :inputs]
+    return jnp.unpackbits(bits, axis=-1, count=inputs, bitorder="little")

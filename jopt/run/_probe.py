@@ -7,7 +7,6 @@ version number. Choices are kept in a file, by device and by what was asked.
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 
 from jopt._compiling import SWITCH, cache_folder
+from jopt._files import write_atomically
 from jopt.run._build import instructions
 
 PROBE = "JOPT_PROBE"  # 0: nothing is timed, what is preferred unmeasured is taken
@@ -59,9 +59,7 @@ def _fits(found: Any, ways: Mapping[str, Any]) -> bool:
 def _write(file: Path, choices: dict[str, dict[str, float]]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            json.dump(choices, new)
-        os.replace(new.name, file)
+        write_atomically(file, json.dumps(choices).encode())
     except OSError:  # a cache that cannot be written is no cache
         pass
 
