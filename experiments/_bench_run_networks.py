@@ -1,5 +1,6 @@
 """Whole networks: compressed against plain Flax under jit, and against other runtimes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 from flax import linen
 
 import jopt
+from experiments import _bench_run_onnx, _bert, _decoder, _efficientnet, _networks
 from experiments import _bench_run_peers as peers
-from experiments import _bert, _decoder, _networks
 from experiments._bench_run_products import FLOAT, Case, repeated
 from jopt import quant, run
 
@@ -23,13 +24,15 @@ class Perceptron(linen.Module):
     """Dense layers with ReLU between them."""
 
     sizes: tuple[int, ...] = (1024, 1024, 1024, 10)
+    products: Any = None  # class of what multiplies by kernels
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, inputs) to (batch, outputs)."""
-        for size in self.sizes[:-1]:
-            x = linen.relu(linen.Dense(size)(x))
-        return linen.Dense(self.sizes[-1])(x)
+        dense = [linen.Dense(size, dot_general_cls=self.products) for size in self.sizes]
+        for layer in dense[:-1]:
+            x = linen.relu(layer(x))
+        return dense[-1](x)
 
 
 def _compressed(
@@ -59,8 +62,15 @@ def efficientnet(smoke: bool) -> Case:
         "jopt, floats": lambda: fast(variables, x),
         "jopt, W8": lambda: fast(prepared, x),
     }
+    if peers.HAS_ORT:
+        _, folded = _efficientnet.fold(model, variables)
+        images = np.ascontiguousarray(np.asarray(x).transpose(0, 3, 1, 2))
+        graph = _bench_run_onnx.efficientnet(folded, images.shape)
+        sides["ONNX Runtime float"] = peers.Other(peers.session, [(graph, {"x": images})])
     apart = _apart(fast(prepared, x), plain(floats, x))
-    return Case("EfficientNet-Lite0, one image", sides, "jopt, W8", 5.0, difference=apart)
+    others = (("ONNX Runtime float", 0.8),)
+    name = "EfficientNet-Lite0, one image"
+    return Case(name, sides, "jopt, W8", 5.0, others, difference=apart)
 
 
 def minilm(smoke: bool) -> Case:
@@ -91,7 +101,7 @@ def minilm(smoke: bool) -> Case:
         sides,
         "jopt, W8A8",
         2.0,
-        ("ONNX Runtime int8", 1.0),
+        (("ONNX Runtime int8", 1.0),),
         difference=apart,
     )
 
@@ -123,11 +133,14 @@ def perceptron(batch: int, smoke: bool) -> Case:
     sides["jopt, W4-g64 A8"] = lambda: fast(four, x)
     if peers.HAS_QWIX:
         sides["qwix int8"] = peers.qwix_int8(model, variables, x)
+    if peers.HAS_AQT:
+        make = functools.partial(Perceptron, model.sizes)
+        sides["AQT int8"] = peers.aqt_int8(make, variables, x)
     apart = _apart(fast(prepared, x), plain(floats, x))
     goal = 2.0 if batch <= 16 else 1.0
     name = f"MLP 784-1024-1024-1024-10, batch {batch}"
-    peer = ("qwix int8", 1.0)
-    return repeated(Case(name, sides, "jopt, W8A8", goal, peer, 4, difference=apart))
+    others = (("qwix int8", 1.0), ("AQT int8", 1.0))
+    return repeated(Case(name, sides, "jopt, W8A8", goal, others, 4, difference=apart))
 
 
 def decoder(smoke: bool) -> Case:

@@ -1,4 +1,4 @@
-"""What others run: ONNX Runtime, PyTorch and qwix, each only where it is installed.
+"""What others run: ONNX Runtime, PyTorch, qwix and AQT, each only where it is installed.
 
 Threads of ONNX Runtime and PyTorch spin for a while after their work is done, and would take the
 cores from whoever is timed next. So these run in a process of their own, which is halted while it
@@ -20,6 +20,7 @@ Side = Callable[[], Any]
 HAS_ORT = all(importlib.util.find_spec(name) is not None for name in ("onnxruntime", "onnx"))
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 HAS_QWIX = importlib.util.find_spec("qwix") is not None
+HAS_AQT = importlib.util.find_spec("aqt") is not None
 GROUP = 64
 
 
@@ -189,3 +190,29 @@ def qwix_int8(module: Any, params: Any, x: Any) -> Side:
     quantized = qwix.quantize_params(params["params"], abstract)
     run = jax.jit(lambda params, x: model.apply({"params": params}, x))
     return lambda: run(quantized, x)
+
+
+def aqt_int8(make: Callable[[Any], Any], params: Any, x: Any) -> Side:
+    """Serve a linen model by AQT in int8, weights converted before, inputs rounded as they come.
+
+    Args:
+      make: takes the class of products of its dense layers to the model.
+      params: of the model.
+      x: its inputs.
+    """
+    from functools import partial
+
+    import jax
+    from aqt.jax.v2 import config  # pyright: ignore[reportMissingImports]
+    from aqt.jax.v2.flax import aqt_flax  # pyright: ignore[reportMissingImports]
+
+    mode, freeze = aqt_flax.QuantMode, aqt_flax.FreezerMode.CALIBRATION_AND_VALUE
+    products = partial(aqt_flax.AqtDotGeneral, config.config_v3())
+    convert, serve = (
+        make(partial(products, rhs_quant_mode=each, rhs_freeze_mode=freeze))
+        for each in (mode.CONVERT, mode.SERVE)
+    )
+    frozen = convert.apply(params, x, mutable=True, rngs={"params": jax.random.key(0)})[1]
+    kept = {name: part for name, part in frozen.items() if name != "params"} | params
+    run = jax.jit(lambda params, x: serve.apply(params, x, rngs={"params": jax.random.key(0)}))
+    return lambda: run(kept, x)

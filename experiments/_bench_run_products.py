@@ -26,7 +26,7 @@ class Case(NamedTuple):
       sides: by name; the first is XLA's, on floats.
       ours: which side is held against the others.
       goal: how many times faster than the first side it should be, or None.
-      peer: the side of another library, and how many times faster than it `ours` should be.
+      others: sides of other libraries, and how many times faster than each `ours` should be.
       copies: how many calls one turn of a side is: of as many matrices in cold cases.
       bytes: what `ours` reads of one matrix.
       operations: multiplications and additions of one product.
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     sides: dict[str, Any]
     ours: str
     goal: float | None = None
-    peer: tuple[str, float] | None = None
+    others: tuple[tuple[str, float], ...] = ()
     copies: int = 1
     bytes: int = 0
     operations: int = 0
@@ -121,7 +121,7 @@ def product(
         sides,
         "jopt",
         goal,
-        None if peer is None else (peer[0], peer[3]),
+        () if peer is None else ((peer[0], peer[3]),),
         copies,
         read,
         2 * rows * inputs * outputs,
@@ -147,7 +147,7 @@ def binary(smoke: bool) -> Case:
     apart = _largest(fast(x, matrix), plain(floats, x))
     name = f"binary 1x{size}x{size}, warm"
     return repeated(
-        Case(name, sides, "jopt", 15.0, None, WARM, size * size // 8, 2 * size * size, apart)
+        Case(name, sides, "jopt", 15.0, (), WARM, size * size // 8, 2 * size * size, apart)
     )
 
 
@@ -171,8 +171,8 @@ def depthwise(smoke: bool) -> Case:
     operations = 2 * 9 * size * size * channels
     name = f"depthwise 3x3, {channels} channels, {size}x{size}, warm"
     moved = 8 * size * size * channels
-    goal, peer = 70.0, ("PyTorch", 0.9)
-    return repeated(Case(name, sides, "jopt", goal, peer, WARM, moved, operations, apart))
+    goal, others = 70.0, (("PyTorch", 0.9),)
+    return repeated(Case(name, sides, "jopt", goal, others, WARM, moved, operations, apart))
 
 
 def cases(smoke: bool) -> list[Callable[[], Case]]:

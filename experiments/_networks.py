@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 # Kernel, stride, expansion, outputs, repeats: the seven stages of EfficientNet-Lite0.
-_STAGES = (
+STAGES = (
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
     (5, 2, 6, 40, 2),
@@ -56,7 +56,7 @@ class EfficientNetLite0(nn.Module):
 
         x = relu6(norm(conv(x, 32, 3, 2, 1, "stem"), "stem_norm"), "stem")
         number = 0
-        for size, stride, expansion, features, repeats in _STAGES:
+        for size, stride, expansion, features, repeats in STAGES:
             for repeat in range(repeats):
                 name, inputs, y = f"block{number}", x.shape[-1], x
                 if expansion > 1:

@@ -43,8 +43,8 @@ class Settings:
 
 
 PACKINGS = {
-    "small": Packing(128, _compress.Recipe(0.5, 4, 2, 2, 3e-4)),
-    "tiny": Packing(96, _compress.Recipe(0.8, 4, 6, 3, 3e-4)),
+    "small": Packing(128, _compress.Recipe(0.5, 6, 2, 2, 3e-4)),
+    "tiny": Packing(128, _compress.Recipe(0.5, 4, 2, 2, 3e-4)),
     "smallest": Packing(48, _compress.Recipe(0.9, 4, 6, 3, 3e-4)),
 }
 

@@ -6,7 +6,7 @@
 
 All sides of a case run in one process, in turns; medians are compared. Cold cases rotate over more
 matrices than the caches hold, so that weights stream from memory as they do in a network; warm ones
-repeat one matrix. ONNX Runtime, PyTorch and qwix are timed where they are installed.
+repeat one matrix. ONNX Runtime, PyTorch, qwix and AQT are timed where they are installed.
 
 Beside each case stand what fraction of this machine's measured limits it reaches: of the speed at
 which one core's sum over floats reads memory, and of the multiply-adds of a large product of
@@ -32,7 +32,7 @@ from experiments._bench_run_products import FLOAT, Case
 from jopt import run
 
 PARTS = {"products": _bench_run_products.cases, "networks": _bench_run_networks.cases}
-PACKAGES = ("onnxruntime", "torch", "qwix")
+PACKAGES = ("onnxruntime", "torch", "qwix", "aqtp")
 
 
 def limits(smoke: bool) -> dict[str, float]:
@@ -74,8 +74,7 @@ def measure(case: Case, repeats: int, best: dict[str, float]) -> dict[str, Any]:
     if case.bytes:
         found["of_reading"] = round(case.bytes / own / best["bytes_per_second"], 3)
         found["of_multiplying"] = round(case.operations / own / best["operations_per_second"], 3)
-    if case.peer is not None:
-        found["peer"], found["peer_goal"] = case.peer
+    found["goals_of_others"] = dict(case.others)
     return found
 
 
@@ -84,8 +83,7 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         pairs = [(FLOAT, row["goal"])] if row["goal"] is not None else []
-        pairs += [(row["peer"], row["peer_goal"])] if "peer" in row else []
-        for name, goal in pairs:
+        for name, goal in pairs + list(row["goals_of_others"].items()):
             if name in row["times_faster"]:
                 words = f"{row['case']}: times faster than {name}"
                 found.append(_results.target(words, row["times_faster"][name], goal, "higher"))

@@ -84,7 +84,7 @@ int main() {
     logs[at] = std::floor(256 * std::log(1 + at / 2048.0));
   }
   int wrong = jopt_tables(squash.data(), squash.size(), logs.data(), logs.size());
-  const int cases = 1000;
+  const int cases = 400;
   for (int at = 0; at < cases; ++at) {
     Case each;
     auto words = each.write();

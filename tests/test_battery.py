@@ -226,7 +226,11 @@ def test_vmapped_equals_one_by_one(name, network):
         chex.assert_trees_all_close(got, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [(name, "linen") for name in TRANSFORMS] + [(name, "nnx") for name in list(TRANSFORMS)[::6]],
+    indirect=["network"],
+)
 def test_what_was_saved_comes_back_bit_for_bit(name, network, images, tmp_path):
     apply, params = network
     changed = TRANSFORMS[name](params)

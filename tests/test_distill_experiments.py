@@ -218,9 +218,9 @@ def test_the_combination_is_held_against_networks_that_are_no_smaller():
 
 def test_every_part_of_the_image_experiment_runs_and_resumes(folder, monkeypatch, capsys):
     tiny_tfds.write(folder / "tfds", "tiny_digits")
-    some = {name: _distill_comparison.METHODS[name] for name in ("alone", "KD", "hint", "CRD")}
+    some = {name: _distill_comparison.METHODS[name] for name in ("alone", "KD", "CRD")}
     monkeypatch.setattr(_distill_comparison, "METHODS", some)
-    monkeypatch.setattr(_distill_comparison._distill_methods, "FEATURES", ("hint", "CRD"))
+    monkeypatch.setattr(_distill_comparison._distill_methods, "FEATURES", ("CRD",))
     distill_images.main(["--smoke", "--dataset", "tiny_digits", "--out", str(folder / "out")])
     (file,) = (folder / "out").glob("*.json")
     results = json.loads(file.read_text())

@@ -70,8 +70,8 @@ def test_the_oracles_agree():
         (SHORT, 2, NAMES),
         (SHORT, 16, NAMES),
         (SHORT, 256, ["student", "sparse"]),
-        (LONG, 2, NAMES),
-        (LONG, 16, NAMES),
+        (LONG, 2, NAMES[::2]),
+        (LONG, 16, NAMES[1::2]),
         (LONG, 256, ["modes"]),
     ],
 )
@@ -82,7 +82,7 @@ def test_the_error_is_within_a_ten_thousandth_of_the_optimum(size, count, names)
 
 
 def test_other_numbers_of_entries_are_optimal_as_well():
-    for size, count in ((SHORT, 1), (30_000, 64)):
+    for size, count in ((SHORT, 1), (LONG, 64)):
         values = draw("modes", size, 100)
         assert gap(values, count, optimal_codebook(jnp.asarray(values), count)) < 1e-4
 
