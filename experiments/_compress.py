@@ -24,15 +24,15 @@ def _is_weight(path: str, leaf: Any) -> bool:
     return is_kernel(path, leaf) and not path.endswith("bias")
 
 
-def rounded(params: Tree, bits: int) -> Tree:
+def rounded(params: Tree, bits: int, block: tuple[int, ...] = ()) -> Tree:
     """Round kernels and biases as `quantized` stores them, with a straight-through gradient."""
-    params = quant.fake_quantize_params(params, quant.QuantSpec(bits, block=()), _is_weight)
+    params = quant.fake_quantize_params(params, quant.QuantSpec(bits, block=block), _is_weight)
     return quant.fake_quantize_params(params, BIAS_SPEC, ".*/bias")
 
 
-def quantized(params: Tree, bits: int) -> Tree:
-    """Quantize kernels to few bits and biases to eight, one scale each."""
-    params = quant.quantize_params(params, quant.QuantSpec(bits, block=()), _is_weight)
+def quantized(params: Tree, bits: int, block: tuple[int, ...] = ()) -> Tree:
+    """Quantize kernels to few bits, a scale for each block, and biases to eight, one scale each."""
+    params = quant.quantize_params(params, quant.QuantSpec(bits, block=block), _is_weight)
     return quant.quantize_params(params, BIAS_SPEC, ".*/bias")
 
 
@@ -88,6 +88,7 @@ def compress(
     where: Filter = is_kernel,
     scores: Scores = prune.magnitude_scores,
     loop: Callable[..., Any] = _train.scan_steps,
+    block: tuple[int, ...] = (),
 ) -> Tree:
     """Prune a network step by step, quantize it by training through the rounding; return its tree.
 
@@ -103,6 +104,7 @@ def compress(
       where: which parameters are pruned.
       scores: of parameters, by which all of them compete.
       loop: runs the steps of an epoch.
+      block: of weights that share a scale; by default all of a leaf.
     """
     steps = max(1, pool.count // batch)
 
@@ -123,13 +125,14 @@ def compress(
     if masks is not None:
         tx = optax.chain(tx, prune.keep_masked(masks))
     name = f"pruned-{recipe.sparsity:g}-bits-{recipe.bits}"
-    return quantized(fit(name, _view(recipe.bits), params, recipe.quantize_epochs, tx), recipe.bits)
+    params = fit(name, _view(recipe.bits, block), params, recipe.quantize_epochs, tx)
+    return quantized(params, recipe.bits, block)
 
 
 @lru_cache
-def _view(bits: int) -> Callable[[Tree], Tree]:
+def _view(bits: int, block: tuple[int, ...]) -> Callable[[Tree], Tree]:
     """Return the same function for the same bits, so that what is compiled for it is found."""
-    return partial(rounded, bits=bits)
+    return partial(rounded, bits=bits, block=block)
 
 
 def unchanged(params: Tree) -> Tree:
