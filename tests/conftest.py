@@ -35,8 +35,6 @@ COMPILER = next(
     (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
 )
 
-MAPS = 25_000  # Linux gives a process 65,530
-
 gc.freeze()
 gc.set_threshold(50_000, 20, 100)  # traces make many objects and few cycles
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -73,11 +71,9 @@ class NnxNet(nnx.Module):
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_forgotten():
-    """Let go of what was compiled before thousands of programs exhaust a process's maps."""
+    """Let go of what a file's tests compiled: thousands of programs exhaust a process's maps."""
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > MAPS:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -358,6 +358,10 @@ def test_every_pretrained_network_of_the_readme_is_in_the_results():
         line = f"| {row['form']} | {row['method'] or '-'} | {np.mean(row['bytes']):,.0f} | "
         line += f"{row['mean_test']:.2f} | {row['mean_test'] / dense['mean_test'] - 1:+.1%} |"
         assert line in readme
-    for row in figures("sentiment")["after"]["rows"]:
+    for row in figures("language_model")["distill"]["rows"]:
+        line = f"| {row['how']} | {row['parameters']:,} | {row['mean_test']:.2f} | "
+        assert f"{line}{np.mean(row['surprise']):.3f} |" in readme
+    sentiment_parts = figures("sentiment")
+    for row in sentiment_parts["after"]["rows"] + sentiment_parts["students"]["rows"][1:]:
         line = f"| {row['form']} | {row['method'] or '-'} | {np.mean(row['bytes']):,.0f} | "
         assert f"{line}{100 * row['mean_test']:.2f} % |" in readme
