@@ -130,7 +130,7 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     monkeypatch.setattr(_sentiment_after, "BITS", (4,))
     monkeypatch.setattr(_sentiment_after, "PATTERNS", {"2:4": (2, 4)})
     packing = _sentiment_students.Packing(4, _compress.Recipe(0.5, 4, 1, 1, 3e-4))
-    monkeypatch.setattr(_sentiment_students, "PACKINGS", {"tiny": packing})
+    monkeypatch.setattr(_sentiment_students, "PACKINGS", {"small": packing})
     arguments = ["--smoke", "--dataset", "tiny_text", "--checkpoint", str(checkpoint)]
     sentiment.main([*arguments, "--out", str(folder / "out")])
     (file,) = (folder / "out").glob("*.json")
@@ -168,7 +168,7 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     assert len(figures["latency_ms"]) == 3
     figures = made["students"]
     sizes = [row["bytes"][0] for row in figures["rows"]]
-    assert [row["form"] for row in figures["rows"]] == ["32 bits", "1 layers", "tiny"]
+    assert [row["form"] for row in figures["rows"]] == ["32 bits", "1 layers", "small"]
     assert figures["rows"][-1]["method"] == "50%, 4 bits, rank 4"
     assert sizes == sorted(sizes, reverse=True)
     assert len(figures["latency_ms"]) == 3
