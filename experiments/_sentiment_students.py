@@ -16,7 +16,7 @@ from jax import Array
 
 from experiments import _bert, _compress, _distill_training, _results, _sentiment_network
 from experiments._sentiment_network import KERNELS, Made
-from experiments._sentiment_taught import Lessons, Loss, Row, Taught, Tree
+from experiments._sentiment_taught import Loss, Row, Taught, Tree
 from jopt import distill
 
 
@@ -49,15 +49,15 @@ PACKINGS = {
 }
 
 
+def packings() -> dict[str, Any]:
+    """Return the packings as they are written into the results."""
+    return {"packings": {name: dataclasses.asdict(how) for name, how in PACKINGS.items()}}
+
+
 class Students(Taught):
     """One seed: the teacher, its student, and the files that this is packed into."""
 
-    def __init__(
-        self, run: _sentiment_network.Run, lessons: Lessons, settings: Settings, seed: int
-    ) -> None:
-        """Fine-tune the teacher, or read it."""
-        super().__init__(run, lessons, seed, "students", settings)
-        self.settings = settings
+    part = "students"
 
     def student(self) -> Tree:
         """Teach three layers hidden states and attention, then answers."""

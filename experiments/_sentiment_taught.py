@@ -72,24 +72,25 @@ def make_pool(run: _sentiment_network.Run, lessons: Lessons) -> _distill_trainin
 class Taught:
     """One seed: the teacher, what it says, and how others are trained with that."""
 
+    part: str  # of the experiment, in names of files
+
     def __init__(
-        self, run: _sentiment_network.Run, lessons: Lessons, seed: int, part: str, settings: Any
+        self, run: _sentiment_network.Run, lessons: Lessons, settings: Any, seed: int
     ) -> None:
         """Fine-tune the teacher, or read it.
 
         Args:
           run: the checkpoint and the sentences.
           lessons: what the teacher says.
-          seed: of everything drawn.
-          part: of the experiment, in names of files.
           settings: of the part, which its checkpoints belong to.
+          seed: of everything drawn.
         """
-        self.run, self.lessons, self.seed = run, lessons, seed
+        self.run, self.lessons, self.settings, self.seed = run, lessons, settings, seed
         self.teacher = run.teacher(seed)
         about = _checkpoint.digest([dataclasses.asdict(lessons)])
         answers = run.work / f"answers-{seed}-{about}.ckpt"
         about = _checkpoint.digest([dataclasses.asdict(lessons), dataclasses.asdict(settings)])
-        self.work = run.work / f"{part}-{seed}-{about}"
+        self.work = run.work / f"{self.part}-{seed}-{about}"
         pool = make_pool(run, lessons)
         self.pool = dataclasses.replace(pool, teacher=self._answers(pool, answers))
         longest = np.asarray(jnp.sum(pool.images != run.padding, 1))
@@ -148,3 +149,7 @@ class Taught:
     def steps(self) -> int:
         """Return how many steps an epoch has."""
         return max(1, self.pool.count // self.run.settings.batch)
+
+    def measure(self, repeats: int) -> tuple[list[Row], _sentiment_network.Latencies]:
+        """Return the rows of a seed, and how long networks take."""
+        raise NotImplementedError

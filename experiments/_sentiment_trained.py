@@ -24,7 +24,7 @@ from experiments import (
     _sentiment_network,
 )
 from experiments._sentiment_network import KERNELS, Made
-from experiments._sentiment_taught import Lessons, Row, Taught, Tree
+from experiments._sentiment_taught import Row, Taught, Tree
 from jopt import prune
 
 UNITS = r"encoder/layer\d+/(query/kernel\[1\]:0|up/kernel\[1\])"  # heads, hidden units
@@ -46,12 +46,7 @@ class Settings:
 class Trained(Taught):
     """One seed: the teacher, and what is pruned and shrunk while it teaches."""
 
-    def __init__(
-        self, run: _sentiment_network.Run, lessons: Lessons, settings: Settings, seed: int
-    ) -> None:
-        """Fine-tune the teacher, or read it."""
-        super().__init__(run, lessons, seed, "trained", settings)
-        self.settings = settings
+    part = "trained"
 
     @property
     def steps(self) -> int:

@@ -73,52 +73,40 @@ def after(
     return results(run, tag, measured, _sentiment_after.LISTED, targets, {}, console)
 
 
-def trained(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-    checkpoint: Path | None = None,
-) -> dict[str, Any]:
-    """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    del plot
-    run, tag = start(dataset, head, seeds, work, console, checkpoint)
-    settings, lessons = _sentiment_trained.Settings(), lessons_of(head)
-    settings = settings if head is None else _sentiment_trained.smoke(settings)
-    measured = [
-        _sentiment_trained.Trained(run, lessons, settings, seed).measure(3 if head else 20)
-        for seed in seeds
-    ]
-    more = {"lessons": dataclasses.asdict(lessons), "trained": dataclasses.asdict(settings)}
-    targets = _sentiment_trained.targets_of
-    return results(run, tag, measured, _sentiment_trained.LISTED, targets, more, console)
+def taught(
+    name: str,
+    how: Any,
+    kind: type[_sentiment_taught.Taught],
+    more: Callable[[], dict[str, Any]] = dict,
+) -> _parts.Part:
+    """Make the part of the experiment whose networks learn from the fine-tuned one.
 
+    Args:
+      name: of the part.
+      how: the module that has its `Settings`, `smoke`, `LISTED` and `targets_of`.
+      kind: what trains and measures the networks of a seed.
+      more: returns further settings that are written down.
+    """
 
-def students(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-    checkpoint: Path | None = None,
-) -> dict[str, Any]:
-    """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    del plot
-    run, tag = start(dataset, head, seeds, work, console, checkpoint)
-    settings, lessons = _sentiment_students.Settings(), lessons_of(head)
-    settings = settings if head is None else _sentiment_students.smoke(settings)
-    measured = [
-        _sentiment_students.Students(run, lessons, settings, seed).measure(3 if head else 20)
-        for seed in seeds
-    ]
-    packings = {name: dataclasses.asdict(how) for name, how in _sentiment_students.PACKINGS.items()}
-    more = {"lessons": dataclasses.asdict(lessons), "packings": packings}
-    more |= {"students": dataclasses.asdict(settings)}
-    targets = _sentiment_students.targets_of
-    return results(run, tag, measured, _sentiment_students.LISTED, targets, more, console)
+    def part(
+        dataset: str | None,
+        head: int | None,
+        seeds: tuple[int, ...],
+        work: Path,
+        plot: Callable[[str], Path],
+        console: Console,
+        checkpoint: Path | None = None,
+    ) -> dict[str, Any]:
+        del plot
+        run, tag = start(dataset, head, seeds, work, console, checkpoint)
+        settings, lessons = how.Settings(), lessons_of(head)
+        settings = settings if head is None else how.smoke(settings)
+        repeats = 3 if head else 20
+        measured = [kind(run, lessons, settings, seed).measure(repeats) for seed in seeds]
+        written = {"lessons": dataclasses.asdict(lessons), name: dataclasses.asdict(settings)}
+        return results(run, tag, measured, how.LISTED, how.targets_of, written | more(), console)
+
+    return part
 
 
 def lessons_of(head: int | None) -> _sentiment_taught.Lessons:
@@ -151,7 +139,13 @@ def results(
     }
 
 
-PARTS: dict[str, _parts.Part] = {"after": after, "trained": trained, "students": students}
+PARTS: dict[str, _parts.Part] = {
+    "after": after,
+    "trained": taught("trained", _sentiment_trained, _sentiment_trained.Trained),
+    "students": taught(
+        "students", _sentiment_students, _sentiment_students.Students, _sentiment_students.packings
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
