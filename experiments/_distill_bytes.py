@@ -13,14 +13,12 @@ network is measured as the file that it is written to, and by what that file alo
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from jax import Array
-from rich.console import Console
 
 from experiments import (
     _compress,
@@ -30,7 +28,9 @@ from experiments import (
     _distill_report,
     _distill_training,
     _models,
+    _parts,
     _results,
+    _rows,
 )
 from experiments._distill_methods import METHODS
 from experiments._residual import Network
@@ -59,23 +59,19 @@ def measure(
     run: _distill_comparison.Run, settings: Settings, seed: int, work: Path
 ) -> list[dict[str, Any]]:
     """Make and score every network of one seed that is not among the finished ones."""
-    file = work / f"rows-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
-    wanted: list[str] = []
+    rows = _rows.Rows(work / f"rows-{seed}.json", ("how", "form"))
     widths, taught = run.settings.assistant, run.taught
 
     def row(how: str, form: str, make: Callable[[], tuple[Tree, Any]]) -> None:
-        key = f"{how} {form}"
-        wanted.append(key)
-        if key in done:
-            return
-        tree, shape = make()
-        written, params = _compress.written(tree, work / "packed.jopt")
-        scores = run.scores(params, shape)
-        about = {"how": how, "form": form, "bytes": written, "left": _compress.nonzero(params)}
-        done[key] = about | scores
-        _results.write_atomically(file, json.dumps(done).encode())
-        run.say(f"seed {seed}: {key}: {written:,} bytes, validation {scores['validation']:.2%}")
+        def measured() -> dict[str, Any]:
+            tree, shape = make()
+            size, params = _compress.written(tree, work / "packed.jopt")
+            scores = run.scores(params, shape)
+            validation = f"validation {scores['validation']:.2%}"
+            run.say(f"seed {seed}: {how} {form}: {size:,} bytes, {validation}")
+            return {"bytes": size, "left": _compress.nonzero(params)} | scores
+
+        rows.add({"how": how, "form": form}, measured)
 
     def base(method: str) -> Tree:
         return run.train(f"base-{method}", METHODS[method], 0.0, taught, seed, widths=widths)
@@ -112,7 +108,7 @@ def measure(
         row("quantized", f"{bits} bits", partial(packed, "alone", 0.0, bits))
     for sparsity, bits in settings.together:
         row(ALL, f"{sparsity:.0%}, {bits} bits", partial(packed, "KD", sparsity, bits))
-    return [done[key] for key in wanted]
+    return rows.list()
 
 
 @lru_cache(64)
@@ -160,31 +156,23 @@ def smoke(settings: Settings) -> Settings:
     )
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    common = _distill_comparison.Settings(dataset=dataset or "fashion_mnist", seeds=seeds)
+    common = _distill_comparison.Settings(dataset=call.dataset or "fashion_mnist", seeds=call.seeds)
     settings = Settings()
-    if head is not None:
+    if call.head is not None:
         common, settings = _distill_comparison.smoke(common), smoke(settings)
-    data = _data.load_or_exit(common.dataset, console.print)
-    data = data if head is None else _data.head(data, head)
+    data = _data.load_or_exit(common.dataset, call.console.print)
+    data = call.cut(data)
     # The teacher and its answers serve both parts.
-    shared = work.with_name(work.name.replace("bytes", "methods"))
-    each = _distill_comparison.Run(common, data, shared, console.print)
-    folder = work / each.digest([dataclasses.asdict(settings)])
-    by_seed = [measure(each, settings, seed, folder) for seed in seeds]
+    each = _distill_comparison.Run(common, data, call.shared("methods"), call.console.print)
+    folder = call.work / each.digest([dataclasses.asdict(settings)])
+    by_seed = [measure(each, settings, seed, folder) for seed in call.seeds]
     rows = _results.join_seeds(by_seed, ("how", "form"), ("bytes", "left", "validation", "test"))
     tag = "" if data.tag == "fashion_mnist" else data.tag
     targets = [] if tag else targets_of(rows)
-    _distill_report.bytes_table(rows, targets, console)
-    _distill_report.bytes_plot(rows, data.name, plot(tag))
+    _distill_report.bytes_table(rows, targets, call.console)
+    _distill_report.bytes_plot(rows, data.name, call.plot(tag))
     return {
         "tag": tag,
         "data": _data.about(data),

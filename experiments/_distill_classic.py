@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from rich.console import Console
 
 import jopt
 from experiments import (
@@ -32,6 +31,7 @@ from experiments import (
     _distill_report,
     _distill_training,
     _models,
+    _parts,
     _results,
     _train,
 )
@@ -192,37 +192,31 @@ def measure(
     return rows
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    del plot
-    settings = Settings(dataset=dataset or "fashion_mnist", seeds=seeds)
-    data = _data.load_or_exit(settings.dataset, console.print)
-    if head is not None:
+    settings = Settings(dataset=call.dataset or "fashion_mnist", seeds=call.seeds)
+    data = _data.load_or_exit(settings.dataset, call.console.print)
+    if call.head is not None:
         settings = dataclasses.replace(settings, batch=32, teacher_epochs=1, epochs=1, copies=2)
-        data = _data.head(data, head)
+        data = call.cut(data)
     data = resized(data)
     about = dataclasses.asdict(settings) | {"seeds": None}
     soft = [_distill_methods.TEMPERATURE, _distill_methods.SOFT_WEIGHT]
-    work = work / _checkpoint.digest(
+    work = call.work / _checkpoint.digest(
         [jopt.__version__, about, *soft, data.source, len(data.train[1])]
     )
     pair = Pair(data.num_classes)
     pool = _distill_training.make_pool(data, settings.copies, settings.max_shift)
-    by_seed = [measure(settings, pair, pool, data, seed, work, console.print) for seed in seeds]
+    by_seed = [
+        measure(settings, pair, pool, data, seed, work, call.console.print) for seed in call.seeds
+    ]
     figures = {
         "networks": {name: pair.about(name) for name in pair.modules},
         "rows": _results.join_seeds(by_seed, ("network",), ("validation", "test")),
     }
     tag = "" if data.tag == "fashion_mnist" else data.tag
     targets = [] if tag else targets_of(figures["rows"], settings.labels)
-    _distill_report.classic_table(figures, targets, console)
+    _distill_report.classic_table(figures, targets, call.console)
     return {
         "tag": tag,
         "data": _data.about(data),

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from rich.console import Console
 
 import jopt
 from experiments import (
@@ -33,7 +32,9 @@ from experiments import (
     _distill_report,
     _distill_training,
     _models,
+    _parts,
     _results,
+    _rows,
     _train,
     quantize_images,
 )
@@ -210,26 +211,22 @@ class Run:
 def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]]:
     """Train and score every student of one seed that is not among the finished ones."""
     settings = run.settings
-    file = run.work / f"rows-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
-    wanted: list[str] = []
+    rows = _rows.Rows(run.work / f"rows-{seed}.json", ("method", "labels", "weight"))
 
     def row(name: str, labels: float, make: Callable[[], Tree], weight: float = 0.0) -> None:
-        key = f"{name} {labels:g} {weight:g}"
-        wanted.append(key)
-        if key in done:
-            return
-        scores = run.scores(make())
-        done[key] = {"method": name, "labels": labels} | scores
-        run.work.mkdir(parents=True, exist_ok=True)
-        _results.write_atomically(file, json.dumps(done).encode())
-        run.say(f"seed {seed}: {key}: validation {scores['validation']:.2%}")
+        def measured() -> dict[str, Any]:
+            scores = run.scores(make())
+            words = f"{name} {labels:g} {weight:g}"
+            run.say(f"seed {seed}: {words}: validation {scores['validation']:.2%}")
+            return scores
+
+        rows.add({"method": name, "labels": labels, "weight": weight}, measured)
 
     train = partial(run.train, seed=seed)
     for name, method in METHODS.items():
         weight = weights[name]["weight"]
         row(name, 1.0, partial(train, name, method, weight, run.taught), weight)
-    scores = {row["method"]: row["validation"] for row in map(done.get, wanted) if row}
+    scores = {row["method"]: row["validation"] for row in rows.list()}
     best = max(_distill_methods.FEATURES, key=lambda name: scores[name])
     both = dataclasses.replace(METHODS[best], soft=True)
     weight = weights[best]["weight"]
@@ -279,7 +276,7 @@ def measure(run: Run, seed: int, weights: dict[str, Any]) -> list[dict[str, Any]
             fraction,
             partial(train, f"KD-all-{stem}", METHODS["KD"], 0.0, partly),
         )
-    return [done[key] for key in wanted]
+    return rows.list()
 
 
 def about_networks(run: Run) -> dict[str, Any]:
@@ -320,29 +317,22 @@ def smoke(settings: Settings) -> Settings:
     )
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    settings = Settings(dataset=dataset or "fashion_mnist", seeds=seeds)
-    settings = settings if head is None else smoke(settings)
-    data = _data.load_or_exit(settings.dataset, console.print)
-    data = data if head is None else _data.head(data, head)
-    each = Run(settings, data, work, console.print)
+    settings = Settings(dataset=call.dataset or "fashion_mnist", seeds=call.seeds)
+    settings = settings if call.head is None else smoke(settings)
+    data = _data.load_or_exit(settings.dataset, call.console.print)
+    data = call.cut(data)
+    each = Run(settings, data, call.work, call.console.print)
     networks = about_networks(each)
     weights = each.weights()
-    by_seed = [measure(each, seed, weights) for seed in seeds]
+    by_seed = [measure(each, seed, weights) for seed in call.seeds]
     rows = _results.join_seeds(by_seed, ("method", "labels"), ("validation", "test"))
     figures = {"networks": networks, "weights": weights, "students": rows}
     tag = "" if data.tag == "fashion_mnist" else data.tag
     targets = [] if tag else targets_of(figures)
-    _distill_report.table(figures, targets, console)
-    _distill_report.plot(figures, plot(tag))
+    _distill_report.table(figures, targets, call.console)
+    _distill_report.plot(figures, call.plot(tag))
     return {
         "tag": tag,
         "data": _data.about(data),

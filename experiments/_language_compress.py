@@ -7,15 +7,12 @@ windows of the training text.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 import jopt
 from experiments import (
@@ -23,8 +20,10 @@ from experiments import (
     _decoder,
     _language_network,
     _language_report,
+    _parts,
     _post_training,
     _results,
+    _rows,
 )
 from jopt import layers
 
@@ -54,44 +53,46 @@ def _quantized(
     return _post_training.quantized(params, statistics, how, method, KERNELS, TABLE)
 
 
-def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[dict[str, Any]]:
+SAME, LISTED = ("kind", "form", "method"), ("bytes", "not_improved", "validation", "test")
+
+
+def measure(
+    run: _language_network.Run, settings: Settings, seed: int, held: _parts.Held
+) -> _rows.Rows:
     """Make and score every network of one seed that is not among the finished ones."""
     file = run.work / f"compressed-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
+    rows = _rows.Rows(file, SAME, held.rows(seed, LISTED), held.facts(seed))
     shape = run.settings.teacher
-    params = run.teacher(seed)
     module = run.module(shape)
     statistics: _post_training.Statistics = {}
 
     def known() -> _post_training.Statistics:
         if not statistics:
-            rows = run.pool.images[: settings.windows, :-1]
-            batches = [rows[at : at + 16] for at in range(0, len(rows), 16)]
-            statistics.update(
-                layers.calibrate(_language_network.logits_of(module), params, batches)
-            )
+            windows = run.pool.images[: settings.windows, :-1]
+            batches = [windows[at : at + 16] for at in range(0, len(windows), 16)]
+            apply = _language_network.logits_of(module)
+            statistics.update(layers.calibrate(apply, run.teacher(seed), batches))
         return statistics
 
-    wanted = []
-
     def row(kind: str, form: str, method: str, make: Callable[[], tuple[Tree, Any]]) -> None:
-        key = f"{kind} {form} {method}"
-        wanted.append(key)
-        if key in done:
-            return
-        tree, more = make()
-        written, back = _compress.written(tree, run.work / f"packed-{seed}.jopt")
-        about = {"kind": kind, "form": form, "method": method, "bytes": written}
-        done[key] = about | more | run.perplexities(shape, back)
-        _results.write_atomically(file, json.dumps(done).encode())
-        found = done[key]
-        run.say(f"seed {seed}: {key}: {written:,} bytes, validation {found['validation']:.3f}")
+        about = {"kind": kind, "form": form, "method": method}
+
+        def measured() -> dict[str, Any]:
+            tree, more = make()
+            size, back = _compress.written(tree, run.work / f"packed-{seed}.jopt")
+            found = run.perplexities(shape, back)
+            words = " ".join(about.values())
+            run.say(f"seed {seed}: {words}: {size:,} bytes, validation {found['validation']:.3f}")
+            return {"bytes": size} | more | found
+
+        rows.add(about, measured)
 
     def by_method(bits: int, method: Any) -> tuple[Tree, Any]:
-        tree, lost = _quantized(params, known(), bits, settings, method)
+        needed = {} if method is None else known()
+        tree, lost = _quantized(run.teacher(seed), needed, bits, settings, method)
         return tree, {"not_improved": len(lost)}
 
-    row("float", "32 bits", "", lambda: (params, {"not_improved": 0}))
+    row("float", "32 bits", "", lambda: (run.teacher(seed), {"not_improved": 0}))
     for bits in settings.bits:
         for name, method in _post_training.METHODS.items():
             row("quantized", f"{bits} bits", name, partial(by_method, bits, method))
@@ -102,11 +103,11 @@ def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[d
                 form,
                 criterion,
                 lambda pattern=pattern, criterion=criterion: (
-                    _post_training.pruned(params, known(), pattern, criterion, KERNELS),
+                    _post_training.pruned(run.teacher(seed), known(), pattern, criterion, KERNELS),
                     {"not_improved": 0},
                 ),
             )
-    return [done[key] for key in wanted]
+    return rows
 
 
 def sample(run: _language_network.Run, settings: Settings, seed: int) -> dict[str, Any]:
@@ -156,31 +157,26 @@ def smoke(settings: Settings) -> Settings:
     return dataclasses.replace(settings, bits=(4,), group=8, windows=16, prompt=4, continuation=4)
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    each, tag = _language_network.start(dataset, head, seeds, work, console)
-    settings = Settings() if head is None else smoke(Settings())
-    by_seed = [measure(each, settings, seed) for seed in seeds]
-    same, listed = ("kind", "form", "method"), ("bytes", "not_improved", "validation", "test")
-    rows = _results.join_seeds(by_seed, same, listed)
-    generated = sample(each, settings, seeds[0])
-    targets = [] if head else targets_of(rows, generated)
-    _language_report.compressed_table(rows, targets, console)
-    _language_report.compressed_plot(rows, plot(tag))
-    console.print(f"[dim]{generated['prompt']}[/]{generated['4 bits, from the file']}")
-    size = _compress.size(each.teacher(seeds[0]))
+    each, tag = _language_network.start(call)
+    settings = Settings() if call.head is None else smoke(Settings())
+    written = dataclasses.asdict(settings) | {"network": dataclasses.asdict(each.settings)}
+    held = call.held(tag, written)
+    by_seed = [measure(each, settings, seed, held) for seed in call.seeds]
+    rows = _results.join_seeds([found.list() for found in by_seed], SAME, LISTED)
+    first, once = call.seeds[0], by_seed[0].once
+    generated = once("generated", lambda: sample(each, settings, first))
+    size = once("parameters", lambda: _compress.size(each.teacher(first)))
+    targets = [] if call.head else targets_of(rows, generated)
+    _language_report.compressed_table(rows, targets, call.console)
+    _language_report.compressed_plot(rows, call.plot(tag))
+    call.console.print(f"[dim]{generated['prompt']}[/]{generated['4 bits, from the file']}")
     bits = each.bits_per_byte(rows[0]["mean_test"])
     return {
         "tag": tag,
         "data": _language_network.about(each.data),
-        "settings": dataclasses.asdict(settings) | {"network": dataclasses.asdict(each.settings)},
+        "settings": written,
         "figures": {
             "rows": rows,
             "parameters": size,

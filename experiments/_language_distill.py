@@ -8,9 +8,7 @@ teacher at their tokens.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from rich.console import Console
 
 from experiments import (
     _compress,
     _decoder,
     _language_network,
     _language_report,
+    _parts,
     _results,
+    _rows,
 )
 from jopt import distill
 
@@ -46,31 +45,33 @@ class Settings:
     judged: int = 256  # test prompts
 
 
-def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[dict[str, Any]]:
+SAME, LISTED = ("how", "parameters"), ("surprise", "validation", "test")
+
+
+def measure(
+    run: _language_network.Run, settings: Settings, seed: int, held: _parts.Held
+) -> _rows.Rows:
     """Train and score every student of one seed that is not among the finished ones."""
     file = run.work / f"students-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
+    rows = _rows.Rows(file, ("how",), held.rows(seed, LISTED), held.facts(seed))
     shape = run.settings.student
     module, teaching = run.module(shape), run.module(run.settings.teacher)
-    teacher = run.teacher(seed)
-    wanted = []
 
     def row(how: str, make: Callable[[], Tree]) -> None:
-        wanted.append(how)
-        if how in done:
-            return
-        params = make()
-        found = run.perplexities(shape, params)
-        own = judged(run, settings, params, teacher, seed)
-        done[how] = {"how": how, "parameters": _compress.size(params), "surprise": own} | found
-        _results.write_atomically(file, json.dumps(done).encode())
-        run.say(f"seed {seed}: {how}: validation {found['validation']:.3f}, judged {own:.3f}")
+        def measured() -> dict[str, Any]:
+            params = make()
+            found = run.perplexities(shape, params)
+            own = judged(run, settings, params, run.teacher(seed), seed)
+            run.say(f"seed {seed}: {how}: validation {found['validation']:.3f}, judged {own:.3f}")
+            return {"parameters": _compress.size(params), "surprise": own} | found
+
+        rows.add({"how": how}, measured)
 
     def taught() -> Tree:
         loss = _language_network.taught_loss(module, teaching, settings.weight)
         start = run.initial(shape, seed)
         stem = run.work / f"taught-{seed}.ckpt"
-        return run.fit().run(loss, start, run.pool, seed, stem, run.say, state=teacher)
+        return run.fit().run(loss, start, run.pool, seed, stem, run.say, state=run.teacher(seed))
 
     def further(name: str, loss: Any) -> Tree:
         steps = settings.further_epochs * (run.pool.count // run.settings.batch)
@@ -82,7 +83,7 @@ def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[d
             seed,
             run.work / f"{name}-{seed}.ckpt",
             run.say,
-            state=teacher,
+            state=run.teacher(seed),
             tx=optax.adamw(rate, weight_decay=run.settings.weight_decay),
         )
 
@@ -99,7 +100,7 @@ def measure(run: _language_network.Run, settings: Settings, seed: int) -> list[d
         distill.reverse_kd_loss,
     )
     row("word by word, then on-policy", lambda: further("policy", on_policy))
-    return [done[how] for how in wanted]
+    return rows
 
 
 def judged(
@@ -146,30 +147,25 @@ def targets_of(rows: list[dict[str, Any]], teacher_parameters: int) -> list[dict
     ]
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    del plot
-    each, tag = _language_network.start(dataset, head, seeds, work, console)
+    each, tag = _language_network.start(call)
     settings = Settings()
-    if head is not None:
+    if call.head is not None:
         settings = dataclasses.replace(settings, prompt=4, continuation=4, judged=32)
-    by_seed = [measure(each, settings, seed) for seed in seeds]
-    same, listed = ("how", "parameters"), ("surprise", "validation", "test")
-    rows = _results.join_seeds(by_seed, same, listed)
-    size = _compress.size(each.teacher(seeds[0]))
+    written = dataclasses.asdict(settings) | {"network": dataclasses.asdict(each.settings)}
+    held = call.held(tag, written)
+    by_seed = [measure(each, settings, seed, held) for seed in call.seeds]
+    rows = _results.join_seeds([found.list() for found in by_seed], SAME, LISTED)
+    size = by_seed[0].once(
+        "teacher_parameters", lambda: _compress.size(each.teacher(call.seeds[0]))
+    )
     targets = targets_of(rows, size)
-    _language_report.students_table(rows, targets, console)
+    _language_report.students_table(rows, targets, call.console)
     return {
         "tag": tag,
         "data": _language_network.about(each.data),
-        "settings": dataclasses.asdict(settings) | {"network": dataclasses.asdict(each.settings)},
+        "settings": written,
         "figures": {"rows": rows, "teacher_parameters": size},
         "targets": targets if tag == "" else [],
     }

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from rich.console import Console
 
 import jopt
-from experiments import _checkpoint, _decoder, _distill_training, _language
+from experiments import _checkpoint, _decoder, _distill_training, _language, _parts
 from jopt import distill
 
 Tree = Any
@@ -235,23 +234,21 @@ def on_policy_loss(
     return loss
 
 
-def start(
-    dataset: str | None, head: int | None, seeds: tuple[int, ...], work: Path, console: Console
-) -> tuple[Run, str]:
+def start(call: _parts.Call) -> tuple[Run, str]:
     """Load the text and make what both parts share: their networks lie in one folder."""
-    settings = Settings(dataset=dataset or "brown", seeds=seeds)
-    if head is not None:
+    settings = Settings(dataset=call.dataset or "brown", seeds=call.seeds)
+    if call.head is not None:
         tiny = Shape(16, 1, 2, 16)
         settings = dataclasses.replace(
             settings, tokens=300, length=32, teacher=tiny, student=tiny, epochs=1
         )
-    data = _language.load_or_exit(settings.dataset, settings.tokens, console.print)
-    if head is not None:
-        parts = {part: getattr(data, part)[: 40 * head] for part in ("train", "validation", "test")}
+    data = _language.load_or_exit(settings.dataset, settings.tokens, call.console.print)
+    if call.head is not None:
+        count = 40 * call.head
+        parts = {part: getattr(data, part)[:count] for part in ("train", "validation", "test")}
         data = dataclasses.replace(data, tag=f"{data.tag}-head", **parts)
-    shared = work.with_name("networks" + ("-smoke" if head is not None else ""))
     tag = "" if data.tag == "brown" else data.tag
-    return Run(settings, data, shared, console.print), tag
+    return Run(settings, data, call.shared("networks"), call.console.print), tag
 
 
 def about(data: _language.Text) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from experiments import (
     _data,
     _distill_training,
     _models,
+    _parts,
     _results,
     _timing,
     _train,
@@ -405,34 +406,26 @@ def table(figures: dict[str, Any], console: Console) -> None:
             )
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    del plot
-    settings = Settings(dataset=dataset or "fashion_mnist", seeds=seeds)
-    data = _data.load_or_exit(settings.dataset, console.print)
+    settings = Settings(dataset=call.dataset or "fashion_mnist", seeds=call.seeds)
+    data = _data.load_or_exit(settings.dataset, call.console.print)
     criteria = list(CRITERIA)
-    if head is not None:
+    if call.head is not None:
         settings = dataclasses.replace(
             settings, trial_epochs=1, epochs=1, settling=1, repeats=3, batch=8, copies=2
         )
-        data, criteria = _data.head(data, head), criteria[1:2]
-    each = Run(settings, data, work, console.print)
-    trials = [trial(each, criterion, seed) for criterion in criteria for seed in seeds]
+        data, criteria = call.cut(data), criteria[1:2]
+    each = Run(settings, data, call.work, call.console.print)
+    trials = [trial(each, criterion, seed) for criterion in criteria for seed in call.seeds]
     found = joined(trials)
     name = min(found, key=lambda row: row["mean_validation_lost"])["criterion"]
     rows, networks = zip(
-        *(measure(each, name, seed, settings.epochs, settings.settling) for seed in seeds),
+        *(measure(each, name, seed, settings.epochs, settings.settling) for seed in call.seeds),
         strict=True,
     )
     (best,) = joined(list(rows))
-    latency = latencies(each, each.networks[seeds[0]][1], networks[0])
+    latency = latencies(each, each.networks[call.seeds[0]][1], networks[0])
     figures = {"criteria": found, "chosen": best, "latency": latency}
     tag = "" if data.tag == "fashion_mnist" else data.tag
     targets = [
@@ -445,7 +438,7 @@ def run(
             for batch, ways in latency.items()
         ),
     ]
-    table(figures, console)
+    table(figures, call.console)
     return {
         "tag": tag,
         "data": _data.about(data),

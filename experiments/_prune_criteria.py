@@ -15,26 +15,23 @@ row, and nothing is chosen by them. Every finished row is kept, so that a killed
 """
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable
-from functools import partial, reduce
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import cache, partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from rich.console import Console
 
-from experiments import _data, _parts, _prune_criteria_report, _results
+from experiments import _data, _parts, _prune_criteria_report, _results, _rows
 from experiments._prune_criteria_training import EXAMPLES, NETWORKS, SCORE_RATE, Run, Settings
 from jopt import layers, prune
 
 Tree = Any
-SAME = _prune_criteria_report.SAME  # what names a row
-LISTED = _prune_criteria_report.LISTED  # what a row has for each seed
+SAME = ("how", "criterion", "level")  # what names a row
+LISTED = ("sparsity", "validation", "test")  # what a row has for each seed
 SYNFLOW_ROUNDS = 100  # as the paper takes
 
 Make = Callable[[Run, Tree, float, int], Tree]
@@ -221,60 +218,29 @@ def start_scales(run: Run, seed: int, level: float = 0.9) -> dict[str, float]:
 TRIED = (("once", "SparseGPT"), ("gradual", "movement"), ("scratch", "RigL"))  # in a trial
 
 
-def measure(run: Run, seed: int) -> list[dict[str, Any]]:
-    """Make and score every row of one seed that is not among the finished ones."""
-    file = run.work / f"rows-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
-    wanted = [("dense", "", 0.0)]
-    rows = TRIED if len(run.settings.levels) == 1 else tuple(ROWS)
-    wanted += [(*row, level) for level in run.settings.levels for row in rows]
-    missing = [each for each in wanted if " ".join(map(str, each)) not in done]
-    dense = run.dense(seed) if missing else None
-    for how, criterion, level in missing:
-        name = f"{how} {criterion} {level}"
-        params = dense if how == "dense" else ROWS[how, criterion](run, dense, level, seed)
+def measure(run: Run, seed: int, held: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Make and score every row of one seed that is not among the finished or the held ones."""
+    rows = _rows.Rows(run.work / f"rows-{seed}.json", SAME, held)
+    dense = cache(lambda: run.dense(seed))
+
+    def make(how: str, criterion: str, level: float) -> dict[str, Any]:
+        way = ROWS.get((how, criterion))
+        params = dense() if way is None else way(run, dense(), level, seed)
         errors = run.network.errors(params, run.train[0][:4096], (run.validation, run.test))
         validation, test = (round(1 - error, 6) for error in errors)
-        done[name] = {
-            "how": how,
-            "criterion": criterion,
-            "level": level,
-            "sparsity": round(float(prune.sparsity(params)), 6),
-            "validation": validation,
-            "test": test,
-        }
-        run.work.mkdir(parents=True, exist_ok=True)
-        _results.write_atomically(file, json.dumps(done).encode())
-        row = done[name]
+        sparsity = round(float(prune.sparsity(params)), 6)
         run.say(
-            f"{run.network.name}, seed {seed}: {name}: {row['sparsity']:.2%} zeros, "
-            f"validation {row['validation']:.2%}"
+            f"{run.network.name}, seed {seed}: {how} {criterion} {level}: {sparsity:.2%} zeros, "
+            f"validation {validation:.2%}"
         )
-    return [done[f"{how} {criterion} {level}"] for how, criterion, level in wanted]
+        return {"sparsity": sparsity, "validation": validation, "test": test}
 
-
-def take_over(run: Run, found: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write the rows of the seeds that results hold, for `measure` to find.
-
-    Args:
-      run: of the network.
-      found: settings and figures of results, or nothing; other settings than these count for none.
-      about: the settings, as results have them.
-    """
-    old = found.get("settings") or {}
-    if {**old, "seeds": None} != {**about, "seeds": None}:
-        return
-    rows = found["figures"]["networks"].get(run.network.name, [])
-    for place, seed in enumerate(old["seeds"]):
-        file = run.work / f"rows-{seed}.json"
-        if file.exists():
-            continue
-        own = [
-            {key: row[key] for key in SAME} | {key: row[key][place] for key in LISTED}
-            for row in rows
-        ]
-        named = {" ".join(str(row[key]) for key in SAME): row for row in own}
-        _results.write_atomically(file, json.dumps(named).encode())
+    ways = TRIED if len(run.settings.levels) == 1 else tuple(ROWS)
+    wanted = [("dense", "", 0.0)]
+    wanted += [(*way, level) for level in run.settings.levels for way in ways]
+    for each in wanted:
+        rows.add(dict(zip(SAME, each, strict=True)), partial(make, *each))
+    return rows.list()
 
 
 def smoke(settings: Settings) -> Settings:
@@ -282,39 +248,30 @@ def smoke(settings: Settings) -> Settings:
     return dataclasses.replace(settings, dense_steps=30, after_steps=30, levels=(0.9,), batch=8)
 
 
-@_parts.goes_on
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-    found: Callable[[str], dict[str, Any]],
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    settings = Settings(seeds=seeds)
-    settings = settings if head is None else smoke(settings)
-    settled = dataclasses.asdict(settings) | {"examples": EXAMPLES, "score_rate": SCORE_RATE}
-    settled = json.loads(json.dumps(settled))  # as it is read back
+    settings = Settings(seeds=call.seeds)
+    settings = settings if call.head is None else smoke(settings)
+    written = dataclasses.asdict(settings) | {"examples": EXAMPLES, "score_rate": SCORE_RATE}
     about, rows, scales, tags = {}, {}, {}, set()
     for network in NETWORKS.values():
-        data = _data.load_or_exit(dataset or network.dataset, console.print)
-        data = data if head is None else _data.head(data, head)
-        each = Run(network, data, settings, work, console.print)
-        take_over(each, found("" if data.tag == network.dataset else data.tag), settled)
-        rows[network.name] = _prune_criteria_report.joined([measure(each, seed) for seed in seeds])
-        scales[network.name] = start_scales(each, seeds[0])
-        about[network.name] = _data.about(data)
+        data = call.cut(_data.load_or_exit(call.dataset or network.dataset, call.console.print))
         tags.add("" if data.tag == network.dataset else data.tag)
+        each = Run(network, data, settings, call.work, call.console.print)
+        held = call.held("-".join(sorted(tags - {""})), written)
+        known = held.figures["networks"].get(network.name, []) if held.seeds else []
+        by_seed = [measure(each, seed, held.rows(seed, LISTED, known)) for seed in call.seeds]
+        rows[network.name] = _results.join_seeds(by_seed, SAME, LISTED)
+        scales[network.name] = start_scales(each, call.seeds[0])
+        about[network.name] = _data.about(data)
     tag = "-".join(sorted(tags - {""}))
-    targets = _prune_criteria_report.targets(rows) if head is None and not tag else []
-    _prune_criteria_report.plot(rows, plot(tag))
-    _prune_criteria_report.table(rows, targets, console)
+    targets = _prune_criteria_report.targets(rows) if call.head is None and not tag else []
+    _prune_criteria_report.plot(rows, call.plot(tag))
+    _prune_criteria_report.table(rows, targets, call.console)
     return {
         "tag": tag,
         "data": about,
-        "settings": settled,
+        "settings": written,
         "figures": {"networks": rows, "logits_with_masks_at_90_over_without": scales},
         "targets": targets,
     }

@@ -19,15 +19,6 @@ WAYS = {
 TITLES = {"lenet5": "LeNet-5, MNIST", "cnn": "batch-norm CNN, Fashion-MNIST"}
 
 
-SAME = ("how", "criterion", "level")
-LISTED = ("sparsity", "validation", "test")
-
-
-def joined(by_seed: list[list[Row]]) -> list[Row]:
-    """Join the rows of all seeds."""
-    return _results.join_seeds(by_seed, SAME, LISTED)
-
-
 def _by_level(rows: list[Row], how: str, criterion: str) -> dict[float, float]:
     return {
         row["level"]: row["mean_test"]

@@ -12,7 +12,6 @@ parameters, kernels and biases, over those that are not zero in the file that re
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import jopt
@@ -29,6 +27,7 @@ from experiments import (
     _checkpoint,
     _compress,
     _data,
+    _parts,
     _prune_extreme_report,
     _results,
     _stages,
@@ -229,21 +228,14 @@ def smoke(settings: Settings) -> Settings:
     )
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    settings = Settings(dataset=dataset or "mnist", seeds=seeds)
-    data = _data.load_or_exit(settings.dataset, console.print)
-    if head is not None:
-        settings, data = smoke(settings), _data.head(data, head)
+    settings = Settings(dataset=call.dataset or "mnist", seeds=call.seeds)
+    data = _data.load_or_exit(settings.dataset, call.console.print)
+    if call.head is not None:
+        settings, data = smoke(settings), call.cut(data)
     common = dataclasses.asdict(settings) | {"seeds": None, "recipes": None}
-    folder = work / _checkpoint.digest(
+    folder = call.work / _checkpoint.digest(
         [jopt.__version__, [common, data.source, len(data.train[1])]]
     )
     columns = [
@@ -255,8 +247,8 @@ def run(
         TextColumn("{task.fields[note]}"),
     ]
     trees, seconds, history = {}, {}, {}
-    for seed in seeds:
-        with Progress(*columns, console=console) as progress:
+    for seed in call.seeds:
+        with Progress(*columns, console=call.console) as progress:
             each = Run(settings, data, seed, folder, progress)
             trees[seed] = each.networks()
             seconds[seed], history[seed] = each.trainer.seconds, each.trainer.history
@@ -264,7 +256,7 @@ def run(
         {
             name: [
                 {"seed": seed} | measure(name, trees[seed][name], data, folder / "packed.jopt")
-                for seed in seeds
+                for seed in call.seeds
             ]
             for name in ("teacher", *settings.recipes)
         }
@@ -272,8 +264,8 @@ def run(
     tag = "" if data.tag == "mnist" else data.tag
     targets = targets_of(rows, settings) if data.tag == "mnist" else []
     goals = {name: (recipe.ratio, recipe.error) for name, recipe in settings.recipes.items()}
-    _prune_extreme_report.plot(rows, goals, data.tag, plot(tag))
-    _prune_extreme_report.table(rows, targets, console)
+    _prune_extreme_report.plot(rows, goals, data.tag, call.plot(tag))
+    _prune_extreme_report.table(rows, targets, call.console)
     return {
         "tag": tag,
         "data": _data.about(data),

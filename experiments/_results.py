@@ -77,6 +77,26 @@ def join_seeds(
     return found
 
 
+def rows_of_seed(
+    rows: list[dict[str, Any]], listed: tuple[str, ...], place: int
+) -> list[dict[str, Any]]:
+    """Return the rows of one seed from joined ones.
+
+    Args:
+        rows: as `join_seeds` returns them.
+        listed: entries that are lists.
+        place: of the seed in them.
+    """
+    return [
+        {
+            key: each[place] if key in listed else each
+            for key, each in row.items()
+            if not key.startswith(("mean_", "spread_"))
+        }
+        for row in rows
+    ]
+
+
 def write_results(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write `<folder>/<name>.json` in one stroke, so that a killed run leaves no half a file."""
     path = folder / f"{name}.json"

@@ -12,28 +12,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _bert, _data, _text
+from experiments import _bert, _data, _parts, _text
 
 LENGTHS = (16, 24, 32, 40, 48, 64)
 Run = Callable[[np.ndarray, np.ndarray], Any]  # (ids, real) to an array with a row for each
 
 
-def start(
-    dataset: str | None, head: int | None, checkpoint: Path | None, say: Callable[[str], Any]
-) -> tuple[_text.Texts, Path, str]:
+def start(call: _parts.Call) -> tuple[_text.Texts, Path, str]:
     """Load sentences and find a BERT for a command line, or end the program with the reason.
 
     Args:
-      dataset: a TFDS set; None for rotten_tomatoes.
-      head: in a trial eight times as many sentences as each part keeps.
-      checkpoint: a folder or file; None for MiniLM.
-      say: told what was taken instead of data that cannot be had.
+      call: of the part; its path "checkpoint" is a folder or file, or None for MiniLM. A trial
+        keeps an eighth of the usual examples.
 
     Returns:
       The sentences, the checkpoint, and the tag of the results: empty for the usual ones.
     """
-    texts = _text.load_texts_or_exit(dataset or "rotten_tomatoes", say)
-    texts = texts if head is None else _data.head(texts, head // 8)
+    checkpoint = call.paths["checkpoint"]
+    texts = _text.load_texts_or_exit(call.dataset or "rotten_tomatoes", call.console.print)
+    texts = texts if call.head is None else _data.head(texts, call.head // 8)
     tag = "" if texts.tag == "rotten_tomatoes" and checkpoint is None else texts.tag
     tag = tag if checkpoint is None else f"{tag}-{checkpoint.stem}"
     try:

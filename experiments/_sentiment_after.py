@@ -7,7 +7,7 @@ fixed beforehand, with outliers moved into the kernels (SmoothQuant) or not.
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 import jopt
-from experiments import _post_training, _results, _sentiment_network
+from experiments import _parts, _post_training, _results, _sentiment_network
 from experiments._sentiment_network import KERNELS, TABLES, Made
 from jopt import layers, quant
 
@@ -73,31 +73,28 @@ def _programs(run: _sentiment_network.Run) -> tuple[Any, Any]:
 
 
 def measure(
-    run: _sentiment_network.Run, seed: int, repeats: int
-) -> tuple[list[Row], _sentiment_network.Latencies]:
-    """Make, score and time the networks of one seed that are not among the finished ones."""
-    rows = _sentiment_network.Rows(run, "after", seed)
-    params = run.teacher(seed)
+    run: _sentiment_network.Run, seed: int, held: _parts.Held
+) -> _sentiment_network.Measured:
+    """Make and score the networks of one seed that are not among the finished ones."""
+    scores = _sentiment_network.Scores(run, "after", seed, held, LISTED)
+    teacher = cache(lambda: run.teacher(seed))
     known: dict[str, Any] = {}
     static, dynamic = _programs(run)
 
     def statistics() -> _post_training.Statistics:
         if not known:
-            found = layers.calibrate(run.plain, params, run.full_rows(seed))
+            found = layers.calibrate(run.plain, teacher(), run.full_rows(seed))
             known.update({path: each for path, each in found.items() if "layer" in path})
         return known
-
-    def row(kind: str, form: str, method: str, make: Callable[[], Made]) -> None:
-        rows.add({"kind": kind, "form": form, "method": method}, make)
 
     def by_method(bits: int, method: Any) -> Made:
         needed = {} if method is None else statistics()
         how = _post_training.spec(bits, run.group)
-        tree, lost = _post_training.quantized(params, needed, how, method, KERNELS, TABLES)
+        tree, lost = _post_training.quantized(teacher(), needed, how, method, KERNELS, TABLES)
         return tree, {"not_improved": len(lost)}, None
 
     def eight(inputs: str) -> Made:
-        tree = quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), TABLES)
+        tree = quant.quantize_params(teacher(), quant.QuantSpec(8, (1, -1)), TABLES)
         if inputs == "SmoothQuant":
             tree, extras = smoothed(tree, statistics())
             return tree, NONE, partial(_with, static, extras)
@@ -112,21 +109,22 @@ def measure(
 
     def less(pattern: _post_training.Pattern, criterion: str) -> Made:
         needed = {} if criterion == "magnitude" else statistics()
-        return _post_training.pruned(params, needed, pattern, criterion, KERNELS), NONE, None
+        return _post_training.pruned(teacher(), needed, pattern, criterion, KERNELS), NONE, None
 
-    row("float", "32 bits", "", lambda: (params, NONE, None))
+    scores.add("float", "32 bits", "", lambda: (teacher(), NONE, None))
     for bits in BITS:
         for name, method in _post_training.METHODS.items():
-            row("quantized", f"W{bits}", name, partial(by_method, bits, method))
+            scores.add("quantized", f"W{bits}", name, partial(by_method, bits, method))
     for inputs in ("a range for each token", "one range", "SmoothQuant"):
-        row("quantized", "W8A8", inputs, partial(eight, inputs))
+        scores.add("quantized", "W8A8", inputs, partial(eight, inputs))
     for form, pattern in PATTERNS.items():
         for criterion in _post_training.CRITERIA:
-            row("pruned", form, criterion, partial(less, pattern, criterion))
-    if "latency_ms" not in rows.done:
-        sides = {"float": (run.predict, params), "W8A8": (jax.jit(dynamic), params)}
-        rows.keep("latency_ms", run.latencies(sides, repeats))
-    return rows.list(), rows.done["latency_ms"]
+            scores.add("pruned", form, criterion, partial(less, pattern, criterion))
+
+    def sides() -> dict[str, tuple[Any, Tree]]:
+        return {"float": (run.predict, teacher()), "W8A8": (jax.jit(dynamic), teacher())}
+
+    return scores.measured(sides)
 
 
 def _with(static: Any, extras: Any, params: Tree, ids: np.ndarray, real: np.ndarray) -> Array:

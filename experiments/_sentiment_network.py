@@ -1,7 +1,6 @@
 """A BERT that tells good sentences from bad ones: fine-tuned, scored and timed."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -20,7 +19,8 @@ from experiments import (
     _checkpoint,
     _compress,
     _distill_training,
-    _results,
+    _parts,
+    _rows,
     _sentences,
     _text,
     _timing,
@@ -32,6 +32,7 @@ KERNELS = "encoder/layer.*/kernel"
 TABLES = "encoder/(words|places)/embedding"
 Latencies = dict[str, dict[str, float]]  # by network and number of sentences
 Made = tuple[Tree, dict[str, Any], Any]
+SAME = ("kind", "form", "method")  # what names a network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,60 +171,78 @@ class Run:
         return found
 
 
-class Rows:
-    """The networks of one seed as their files give them back; finished ones are read."""
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one seed says.
 
-    def __init__(self, run: Run, part: str, seed: int) -> None:
-        """Read what is finished of a part of the experiment."""
+    Attributes:
+      rows: of its networks.
+      latencies: takes how often to time them, and returns milliseconds.
+    """
+
+    rows: list[dict[str, Any]]
+    latencies: Callable[[int], Latencies]
+
+
+class Scores:
+    """Scores of the networks of one seed as their files give them back; finished ones are read."""
+
+    def __init__(
+        self, run: Run, part: str, seed: int, held: _parts.Held, listed: tuple[str, ...]
+    ) -> None:
+        """Read what is finished of a part of the experiment, or what its results hold."""
         self.run, self.seed = run, seed
-        self.file = run.work / f"{part}-{seed}.json"
-        self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.wanted: list[str] = []
+        known = held.rows(seed, listed), held.facts(seed)
+        self.rows = _rows.Rows(run.work / f"{part}-{seed}.json", SAME, *known)
 
-    def add(self, about: dict[str, str], make: Callable[[], Made]) -> None:
+    def add(self, kind: str, form: str, method: str, make: Callable[[], Made]) -> None:
         """Score a network that is not among the finished ones.
 
         Args:
-          about: what it is; kind, form and method name it.
+          kind: first word of its name.
+          form: second.
+          method: third.
           make: returns its tree, more figures, and what runs it if not the classifier.
         """
-        key = " ".join(about.values())
-        self.wanted.append(key)
-        if key in self.done:
-            return
-        tree, more, predict = make()
-        written, back = _compress.written(tree, self.run.work / f"packed-{self.seed}.jopt")
-        found = about | {"bytes": written} | more | self.run.accuracies(back, predict)
-        self.keep(key, found)
-        validation = f"validation {found['validation']:.2%}"
-        self.run.say(f"seed {self.seed}: {key}: {written:,} bytes, {validation}")
+        about = {"kind": kind, "form": form, "method": method}
 
-    def keep(self, key: str, found: Any) -> None:
-        """Write something down."""
-        self.done[key] = found
-        _results.write_atomically(self.file, json.dumps(self.done).encode())
+        def measured() -> dict[str, Any]:
+            tree, more, predict = make()
+            size, back = _compress.written(tree, self.run.work / f"packed-{self.seed}.jopt")
+            found = self.run.accuracies(back, predict)
+            words = " ".join(about.values())
+            validation = f"validation {found['validation']:.2%}"
+            self.run.say(f"seed {self.seed}: {words}: {size:,} bytes, {validation}")
+            return {"bytes": size} | more | found
 
-    def latencies(
-        self, whole: Tree, made: Mapping[tuple[str, str, str], Callable[[], Made]], repeats: int
-    ) -> Latencies:
-        """Time the whole network and others in turns, or read what was measured.
+        self.rows.add(about, measured)
+
+    def measured(self, sides: Callable[[], Mapping[str, tuple[Any, Tree]]]) -> Measured:
+        """Return all rows, and how to time some of the networks.
+
+        Args:
+          sides: returns what `Run.latencies` takes.
+        """
+
+        def latencies(repeats: int) -> Latencies:
+            return self.rows.once("latency_ms", lambda: self.run.latencies(sides(), repeats))
+
+        return Measured(self.rows.list(), latencies)
+
+    def made(
+        self, whole: Tree, made: Mapping[tuple[str, str, str], Callable[[], Made]]
+    ) -> dict[str, tuple[Any, Tree]]:
+        """Return what `Run.latencies` takes, of the whole network and of others.
 
         Args:
           whole: its parameters.
           made: by kind, form and method, what `add` takes; trained ones are read.
-          repeats: how often.
         """
-        if "latency_ms" not in self.done:
-            sides: dict[str, Any] = {"float": (self.run.predict, whole)}
-            for (_, form, method), make in made.items():
-                tree, _, predict = make()
-                sides[f"{form}, {method}"] = predict, jopt.materialize(tree)
-            self.keep("latency_ms", self.run.latencies(sides, repeats))
-        return self.done["latency_ms"]
-
-    def list(self) -> list[dict[str, Any]]:
-        """Return the rows in the order in which they were asked for."""
-        return [self.done[key] for key in self.wanted]
+        sides: dict[str, Any] = {"float": (self.run.predict, whole)}
+        for (_, form, method), make in made.items():
+            tree, _, predict = make()
+            sides[f"{form}, {method}"] = predict, jopt.materialize(tree)
+        return sides
 
 
 def _padding(tokens: _bert.Tokens) -> int:

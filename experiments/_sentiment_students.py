@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments import _bert, _compress, _distill_training, _results, _sentiment_network
+from experiments import _bert, _compress, _distill_training, _parts, _results, _sentiment_network
 from experiments._sentiment_network import KERNELS, Made
 from experiments._sentiment_taught import Loss, Row, Taught, Tree
 from jopt import distill
@@ -110,10 +110,10 @@ class Students(Taught):
         )
         return tree, {}, run.predict_of(module)
 
-    def measure(self, repeats: int) -> tuple[list[Row], _sentiment_network.Latencies]:
-        """Train, score and time every network that is not among the finished ones."""
+    def measure(self, held: _parts.Held) -> _sentiment_network.Measured:
+        """Train and score every network that is not among the finished ones."""
         run, layers = self.run, len(self.settings.student)
-        rows = _sentiment_network.Rows(run, self.work.name, self.seed)
+        scores = _sentiment_network.Scores(run, self.work.name, self.seed, held, LISTED)
 
         def three_layers() -> Made:
             return self.student(), {}, run.predict_of(self.module(layers))
@@ -124,11 +124,10 @@ class Students(Taught):
             ("student", name, packing.words): partial(self.packed, packing)
             for name, packing in PACKINGS.items()
         }
-        float32 = {"kind": "float", "form": "32 bits", "method": ""}
-        rows.add(float32, lambda: (self.teacher, {}, None))
-        for (kind, form, method), make in shapes.items():
-            rows.add({"kind": kind, "form": form, "method": method}, make)
-        return rows.list(), rows.latencies(self.teacher, shapes, repeats)
+        scores.add("float", "32 bits", "", lambda: (self.teacher, {}, None))
+        for about, make in shapes.items():
+            scores.add(*about, make)
+        return scores.measured(lambda: scores.made(self.teacher, shapes))
 
 
 def inner_losses(

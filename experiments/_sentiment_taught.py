@@ -6,8 +6,7 @@ the halves of two, which have no label (`experiments.distill_text`).
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from experiments import (
     _checkpoint,
     _distill_methods,
     _distill_training,
+    _parts,
     _sentences,
     _sentiment_network,
     distill_text,
@@ -77,7 +77,7 @@ class Taught:
     def __init__(
         self, run: _sentiment_network.Run, lessons: Lessons, settings: Any, seed: int
     ) -> None:
-        """Fine-tune the teacher, or read it.
+        """Say what is taught; the teacher is fine-tuned or read when it is needed.
 
         Args:
           run: the checkpoint and the sentences.
@@ -86,18 +86,30 @@ class Taught:
           seed: of everything drawn.
         """
         self.run, self.lessons, self.settings, self.seed = run, lessons, settings, seed
-        self.teacher = run.teacher(seed)
-        about = _checkpoint.digest([dataclasses.asdict(lessons)])
-        answers = run.work / f"answers-{seed}-{about}.ckpt"
         about = _checkpoint.digest([dataclasses.asdict(lessons), dataclasses.asdict(settings)])
         self.work = run.work / f"{self.part}-{seed}-{about}"
-        pool = make_pool(run, lessons)
-        self.pool = dataclasses.replace(pool, teacher=self._answers(pool, answers))
-        longest = np.asarray(jnp.sum(pool.images != run.padding, 1))
-        self.loop = _sentences.cut_steps(longest)
 
-    def _answers(self, pool: _distill_training.Pool, file: Path) -> Array:
+    @cached_property
+    def teacher(self) -> Tree:
+        """Fine-tune the teacher, or read it."""
+        return self.run.teacher(self.seed)
+
+    @cached_property
+    def pool(self) -> _distill_training.Pool:
+        """Make the sentences with what the teacher says about them."""
+        pool = make_pool(self.run, self.lessons)
+        return dataclasses.replace(pool, teacher=self._answers(pool))
+
+    @cached_property
+    def loop(self) -> Any:
+        """Cut the steps of training to a few lengths."""
+        longest = np.asarray(jnp.sum(self.pool.images != self.run.padding, 1))
+        return _sentences.cut_steps(longest)
+
+    def _answers(self, pool: _distill_training.Pool) -> Array:
         """Ask the teacher about every sentence of the pool, or read what it said."""
+        about = _checkpoint.digest([dataclasses.asdict(self.lessons)])
+        file = self.run.work / f"answers-{self.seed}-{about}.ckpt"
         shape = (len(pool.labels), self.run.texts.num_classes)
         found = _checkpoint.restore(file, np.zeros(shape, np.float32))
         if found is None:
@@ -150,6 +162,6 @@ class Taught:
         """Return how many steps an epoch has."""
         return max(1, self.pool.count // self.run.settings.batch)
 
-    def measure(self, repeats: int) -> tuple[list[Row], _sentiment_network.Latencies]:
-        """Return the rows of a seed, and how long networks take."""
+    def measure(self, held: _parts.Held) -> _sentiment_network.Measured:
+        """Train and score the networks of the seed that results do not hold."""
         raise NotImplementedError

@@ -20,6 +20,7 @@ from experiments import (
     _bert,
     _compress,
     _distill_training,
+    _parts,
     _results,
     _sentiment_network,
 )
@@ -47,11 +48,6 @@ class Trained(Taught):
     """One seed: the teacher, and what is pruned and shrunk while it teaches."""
 
     part = "trained"
-
-    @property
-    def steps(self) -> int:
-        """Return how many steps an epoch has."""
-        return max(1, self.pool.count // self.run.settings.batch)
 
     # --- Pruned -----------------------------------------------------------------------------------
 
@@ -119,26 +115,23 @@ class Trained(Taught):
         params = self.fit("layers", self.taught(self.run.training_of(module)), start, epochs)
         return params, {}, self.run.predict_of(module)
 
-    def measure(self, repeats: int) -> tuple[list[Row], _sentiment_network.Latencies]:
-        """Train, score and time every network that is not among the finished ones."""
+    def measure(self, held: _parts.Held) -> _sentiment_network.Measured:
+        """Train and score every network that is not among the finished ones."""
         run, settings = self.run, self.settings
-        rows = _sentiment_network.Rows(run, self.work.name, self.seed)
-
-        def row(kind: str, form: str, method: str, make: Callable[[], Made]) -> None:
-            rows.add({"kind": kind, "form": form, "method": method}, make)
-
-        row("float", "32 bits", "", lambda: (self.teacher, {}, None))
+        scores = _sentiment_network.Scores(run, self.work.name, self.seed, held, LISTED)
+        scores.add("float", "32 bits", "", lambda: (self.teacher, {}, None))
         ways = {"magnitude": self.by_magnitude, "movement": self.by_movement}
         for sparsity in settings.sparsities:
             for name, way in ways.items():
-                row("pruned", f"{sparsity:.0%}", f"{name}, taught", partial(way, sparsity))
+                form, method = f"{sparsity:.0%}", f"{name}, taught"
+                scores.add("pruned", form, method, partial(way, sparsity))
         shapes: dict[tuple[str, str, str], Callable[[], Made]] = {
             ("shrunk", f"{settings.units:.0%} of units", "saliency, taught"): self.fewer_units,
             ("shrunk", f"{len(settings.layers)} layers", "taught"): self.fewer_layers,
         }
         for about, make in shapes.items():
-            row(*about, make)
-        return rows.list(), rows.latencies(self.teacher, shapes, repeats)
+            scores.add(*about, make)
+        return scores.measured(lambda: scores.made(self.teacher, shapes))
 
 
 def smoke(settings: Settings) -> Settings:

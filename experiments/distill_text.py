@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from rich.console import Console
 
 import jopt
 from experiments import (
@@ -311,29 +310,24 @@ def smoke(settings: Settings) -> Settings:
     )
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the experiment; returns its tag, data, settings, figures and targets."""
-    settings = Settings(dataset=dataset or "rotten_tomatoes", seeds=seeds)
-    settings = settings if head is None else smoke(settings)
+    settings = Settings(dataset=call.dataset or "rotten_tomatoes", seeds=call.seeds)
+    settings = settings if call.head is None else smoke(settings)
     length, least = settings.length, settings.least
-    data = _text.load_or_exit(settings.dataset, length, least, console.print)
-    data = data if head is None else _data.head(data, head)
+    data = _text.load_or_exit(settings.dataset, length, least, call.console.print)
+    data = call.cut(data)
     about = dataclasses.asdict(settings) | {"seeds": None}
-    work = work / _checkpoint.digest([jopt.__version__, about, data.source, len(data.train[1])])
-    by_seed = [Run(settings, data, seed, work, console.print).measure() for seed in seeds]
+    work = call.work / _checkpoint.digest(
+        [jopt.__version__, about, data.source, len(data.train[1])]
+    )
+    by_seed = [Run(settings, data, seed, work, call.console.print).measure() for seed in call.seeds]
     same, listed = ("network", "how", "parameters"), ("bytes", "left", "validation", "test")
     rows = _results.join_seeds(by_seed, same, listed)
     tag = "" if data.tag == "rotten_tomatoes" else data.tag
     targets = [] if tag else targets_of(rows)
-    _distill_report.text_table(rows, targets, console)
-    _distill_report.text_plot(rows, plot(tag))
+    _distill_report.text_table(rows, targets, call.console)
+    _distill_report.text_plot(rows, call.plot(tag))
     return {
         "tag": tag,
         "data": _data.about(data),

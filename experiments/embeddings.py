@@ -16,7 +16,6 @@ methods see. Finished rows are kept: a killed run goes on where it was.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from rich.console import Console
 
 import jopt
 from experiments import (
@@ -39,6 +37,7 @@ from experiments import (
     _parts,
     _post_training,
     _results,
+    _rows,
     _sentences,
     _text,
 )
@@ -127,12 +126,11 @@ class Run:
         lost = [path for path, entry in report.items() if isinstance(entry, str)]
         return quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), TABLES), lost
 
-    def row(self, form: str, method: str, tree: Tree, lost: int) -> dict[str, Any]:
+    def row(self, form: str, method: str, tree: Tree, lost: list[str]) -> dict[str, Any]:
         """Write a network to a file, and compare what comes back with the float network."""
         written, params = _compress.written(tree, self.work / "packed.jopt")
         own = self.embeddings(params)
-        row: dict[str, Any] = {"form": form, "method": method, "bytes": written}
-        row |= {"not_improved": lost}
+        row: dict[str, Any] = {"bytes": written, "not_improved": len(lost)}
         for part, embeddings in own.items():
             cosines = jnp.sum(embeddings * self.whole[part], 1)
             row[part] = round(float(cosines.mean()), 6)
@@ -173,18 +171,11 @@ def overlap(first: Array, second: Array, count: int) -> Array:
 
 def measure(run: Run, seed: int, first: bool) -> list[dict[str, Any]]:
     """Make and score every network of one seed; only the first has those that see no sentence."""
-    file = run.work / f"rows-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
+    rows = _rows.Rows(run.work / f"rows-{seed}.json", ("form", "method"))
     statistics: dict[str, Any] = {}
-    wanted = []
 
     def row(form: str, method: str, make: Callable[[], tuple[Tree, list[str]]]) -> None:
-        key = f"{form} {method}"
-        wanted.append(key)
-        if key not in done:
-            tree, lost = make()
-            done[key] = run.row(form, method, tree, len(lost))
-            _results.write_atomically(file, json.dumps(done).encode())
+        rows.add({"form": form, "method": method}, lambda: run.row(form, method, *make()))
 
     def quantized(bits: int, method: str) -> tuple[Tree, list[str]]:
         chosen = _post_training.METHODS[method]
@@ -201,7 +192,7 @@ def measure(run: Run, seed: int, first: bool) -> list[dict[str, Any]]:
                 row(f"{bits} bits", method, partial(quantized, bits, method))
         if bits in ORDERED:
             row(f"{bits} bits", IN_ORDER, partial(run.in_order, bits, seed))
-    return [done[key] for key in wanted]
+    return rows.list()
 
 
 LISTED = ("bytes", "not_improved", "validation", "test", "worst_hundredth", "overlap")
@@ -251,30 +242,22 @@ def floats_left(params: Tree, group: int) -> dict[str, int]:
     return found
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-    checkpoint: Path | None = None,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the experiment; returns its tag, data, settings, figures and targets."""
-    texts, folder, tag = _sentences.start(dataset, head, checkpoint, console.print)
-    settings = Settings(dataset=texts.name, seeds=seeds)
-    if head is not None:
+    texts, folder, tag = _sentences.start(call)
+    settings = Settings(dataset=texts.name, seeds=call.seeds)
+    if call.head is not None:
         settings = dataclasses.replace(
             settings, bits=(4,), calibration=16, calibration_length=7, length=12
         )
     try:
-        each = Run(settings, texts, folder, work, console.print)
+        each = Run(settings, texts, folder, call.work, call.console.print)
     except (_data.DataUnavailable, ValueError) as problem:
         raise SystemExit(str(problem)) from None
-    rows = joined([measure(each, seed, number == 0) for number, seed in enumerate(seeds)])
+    rows = joined([measure(each, seed, number == 0) for number, seed in enumerate(call.seeds)])
     targets = [] if tag else targets_of(rows)
-    _embeddings_report.table(rows, targets, console)
-    _embeddings_report.plot(rows, plot(tag))
+    _embeddings_report.table(rows, targets, call.console)
+    _embeddings_report.plot(rows, call.plot(tag))
     return {
         "tag": tag,
         "data": _data.about(texts),

@@ -15,16 +15,13 @@ Finished rows are kept: a killed run goes on where it was.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
-from rich.console import Console
 
 import jopt
 from experiments import (
@@ -35,6 +32,7 @@ from experiments import (
     _imagenet_report,
     _parts,
     _results,
+    _rows,
 )
 from jopt import layers, quant
 
@@ -230,25 +228,23 @@ def compared(whole: np.ndarray, logits: np.ndarray) -> dict[str, float]:
 
 def measure(run: Run, rows: tuple[Row, ...], seed: int) -> list[dict[str, Any]]:
     """Make and compare every network of one seed that is not among the finished ones."""
-    file = run.work / f"rows-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
+    done = _rows.Rows(run.work / f"rows-{seed}.json", ("form", "how"))
     views = Views(run, seed)
-    for row in rows:
-        key = f"{row.form}: {row.how}"
-        if key in done:
-            continue
+
+    def make(row: Row) -> dict[str, Any]:
         tree, lost = quantized(row, views)
         size, variables = _compress.written(tree, run.work / "packed.jopt")
         logits = views.logits(variables, views.ranges(row.equalized) if row.inputs else None)
-        about = {"form": row.form, "how": row.how, "bytes": size, "left": lost}
-        done[key] = about | compared(views.whole, logits)
-        _results.write_atomically(file, json.dumps(done).encode())
-        found = done[key]
+        found = compared(views.whole, logits)
         run.say(
-            f"seed {seed}: {key}: {size:,} bytes, {found['agreement']:.1%} agree, "
-            f"{found['sqnr_db']:.1f} dB"
+            f"seed {seed}: {row.form}, {row.how}: {size:,} bytes, "
+            f"{found['agreement']:.1%} agree, {found['sqnr_db']:.1f} dB"
         )
-    return [done[f"{row.form}: {row.how}"] for row in rows]
+        return {"bytes": size, "left": lost} | found
+
+    for row in rows:
+        done.add({"form": row.form, "how": row.how}, partial(make, row))
+    return done.list()
 
 
 def joined(by_seed: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -281,35 +277,28 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def run(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-) -> dict[str, Any]:
+def run(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the experiment; returns its tag, data, settings, figures and targets."""
-    if dataset is not None:
+    if call.dataset is not None:
         raise SystemExit("imagenet_net has its own photos, of the package foolbox: no --dataset.")
-    settings, rows = Settings(seeds=seeds), ROWS
-    if head is not None:
+    settings, rows = Settings(seeds=call.seeds), ROWS
+    if call.head is not None:
         rows = TRIED
         settings = dataclasses.replace(
             settings, calibrating=1, calibrating_crops=2, crops=1, batch=2
         )
     try:
-        each = Run(settings, work, console.print)
+        each = Run(settings, call.work, call.console.print)
     except (_data.DataUnavailable, ValueError) as problem:
         raise SystemExit(str(problem)) from None
-    found = joined([measure(each, rows, seed) for seed in seeds])
+    found = joined([measure(each, rows, seed) for seed in call.seeds])
     logits = each.plain(each.folded, _efficientnet.normalize(each.photos))
     right = int((np.asarray(logits).argmax(1) == each.labels).sum())
-    targets = [] if head is not None else targets_of(found)
-    _imagenet_report.table(found, targets, console)
-    _imagenet_report.plot(found, plot("head" if head is not None else ""))
+    targets = [] if call.head is not None else targets_of(found)
+    _imagenet_report.table(found, targets, call.console)
+    _imagenet_report.plot(found, call.plot("head" if call.head is not None else ""))
     return {
-        "tag": "head" if head is not None else "",
+        "tag": "head" if call.head is not None else "",
         "data": {"name": "foolbox", "source": "20 photos of ImageNet, of the package foolbox"},
         "settings": dataclasses.asdict(settings),
         "figures": {"rows": found, "photos_right_of_20": right},

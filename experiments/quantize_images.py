@@ -17,11 +17,11 @@ kept: a killed run goes on where it was, and `--restart` forgets them.
 
 import argparse
 import dataclasses
-import json
 import shutil
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from experiments import (
     _data,
     _quantize_report,
     _results,
+    _rows,
     _through_training,
     _train,
 )
@@ -233,31 +234,29 @@ def score(run: Run, when: str, row: Any, tree: Tree, folder: Path) -> dict[str, 
 
 def measure(run: Run, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Make and score every row for one seed that is not among the finished ones."""
-    rows: dict[str, tuple[str, Any]] = {"float": ("float", None)}
-    rows |= {f"after {row.name}": ("after", row) for row in run.rows}
-    rows |= {f"through {recipe.name}": ("through", recipe) for recipe in run.recipes}
-    file = run.work / f"rows-{seed}.json"
-    done = json.loads(file.read_text()) if file.exists() else {}
-    if rows.keys() <= done.keys():
-        return [done[name] for name in rows]
-    params = run.float_network(seed)
-    network = run.calibrated(params)
-    for name, (when, row) in rows.items():
-        if name in done:
-            continue
+    rows = _rows.Rows(run.work / f"rows-{seed}.json", ("name",))
+    params = cache(lambda: run.float_network(seed))
+    network = cache(lambda: run.calibrated(params()))
+
+    def made(when: str, row: Any) -> Tree:
         if when == "float":
-            tree = {"params": network.params, "inputs": {}}
-        elif when == "after":
-            tree = _after_training.make(row, network)
-        else:
-            tree = run.trained(row, seed, params, network.ranges)
-        done[name] = score(run, when, row, tree, folder)
-        _results.write_atomically(file, json.dumps(done).encode())
-        run.say(
-            f"seed {seed}, {name}: {done[name]['bytes']:,} bytes, "
-            f"validation {done[name]['validation']:.2%}"
-        )
-    return [done[name] for name in rows]
+            return {"params": network().params, "inputs": {}}
+        if when == "after":
+            return _after_training.make(row, network())
+        return run.trained(row, seed, params(), network().ranges)
+
+    def measured(name: str, when: str, row: Any) -> dict[str, Any]:
+        found = score(run, when, row, made(when, row), folder)
+        validation = f"validation {found['validation']:.2%}"
+        run.say(f"seed {seed}, {name}: {found['bytes']:,} bytes, {validation}")
+        return found
+
+    wanted: dict[str, tuple[str, Any]] = {"float": ("float", None)}
+    wanted |= {f"after {row.name}": ("after", row) for row in run.rows}
+    wanted |= {f"through {recipe.name}": ("through", recipe) for recipe in run.recipes}
+    for name, each in wanted.items():
+        rows.add({"name": name}, partial(measured, name, *each))
+    return rows.list()
 
 
 def train_all(run: Run, seed: int) -> None:

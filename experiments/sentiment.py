@@ -10,15 +10,13 @@ trains on while weights go, and removes heads and layers: `experiments._sentimen
 `students` teaches three layers, and packs them: `experiments._sentiment_students`. All networks are
 scored as their files give them back. Choices are made on validation sentences; the test sentences,
 of other films, are looked at once. Finished trainings and rows are kept: a killed run goes on where
-it was.
+it was, and seeds that the results hold are not measured again.
 """
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-from rich.console import Console
 
 from experiments import (
     _data,
@@ -34,43 +32,25 @@ from experiments import (
 )
 
 
-def start(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    console: Console,
-    checkpoint: Path | None,
-) -> tuple[_sentiment_network.Run, str]:
+def start(call: _parts.Call) -> tuple[_sentiment_network.Run, str]:
     """Load what all parts share, whose networks lie in one folder; also return the results' tag."""
-    texts, folder, tag = _sentences.start(dataset, head, checkpoint, console.print)
-    settings = _sentiment_network.Settings(dataset=texts.name, seeds=seeds)
-    if head is not None:
+    texts, folder, tag = _sentences.start(call)
+    settings = _sentiment_network.Settings(dataset=texts.name, seeds=call.seeds)
+    if call.head is not None:
         settings = dataclasses.replace(
             settings, length=12, batch=16, epochs=1, calibration=16, calibration_length=7
         )
-    shared = work.with_name("networks" + ("-smoke" if head is not None else ""))
+    shared, say = call.shared("networks"), call.console.print
     try:
-        return _sentiment_network.Run(settings, texts, folder, shared, console.print), tag
+        return _sentiment_network.Run(settings, texts, folder, shared, say), tag
     except (_data.DataUnavailable, ValueError) as problem:
         raise SystemExit(str(problem)) from None
 
 
-def after(
-    dataset: str | None,
-    head: int | None,
-    seeds: tuple[int, ...],
-    work: Path,
-    plot: Callable[[str], Path],
-    console: Console,
-    checkpoint: Path | None = None,
-) -> dict[str, Any]:
+def after(call: _parts.Call) -> dict[str, Any]:
     """Run or resume the part; returns its tag, data, settings, figures and targets."""
-    del plot
-    run, tag = start(dataset, head, seeds, work, console, checkpoint)
-    measured = [_sentiment_after.measure(run, seed, 3 if head else 20) for seed in seeds]
-    targets = _sentiment_after.targets_of
-    return results(run, tag, measured, _sentiment_after.LISTED, targets, {}, console)
+    run, tag = start(call)
+    return results(call, run, tag, partial(_sentiment_after.measure, run), _sentiment_after, {})
 
 
 def taught(
@@ -88,52 +68,52 @@ def taught(
       more: returns further settings that are written down.
     """
 
-    def part(
-        dataset: str | None,
-        head: int | None,
-        seeds: tuple[int, ...],
-        work: Path,
-        plot: Callable[[str], Path],
-        console: Console,
-        checkpoint: Path | None = None,
-    ) -> dict[str, Any]:
-        del plot
-        run, tag = start(dataset, head, seeds, work, console, checkpoint)
-        settings, lessons = how.Settings(), lessons_of(head)
-        settings = settings if head is None else how.smoke(settings)
-        repeats = 3 if head else 20
-        measured = [kind(run, lessons, settings, seed).measure(repeats) for seed in seeds]
+    def part(call: _parts.Call) -> dict[str, Any]:
+        run, tag = start(call)
+        settings, lessons = how.Settings(), _sentiment_taught.Lessons()
+        if call.head is not None:
+            settings = how.smoke(settings)
+            lessons = dataclasses.replace(lessons, copies=2, spliced=1)
+
+        def measure(seed: int, held: _parts.Held) -> _sentiment_network.Measured:
+            return kind(run, lessons, settings, seed).measure(held)
+
         written = {"lessons": dataclasses.asdict(lessons), name: dataclasses.asdict(settings)}
-        return results(run, tag, measured, how.LISTED, how.targets_of, written | more(), console)
+        return results(call, run, tag, measure, how, written | more())
 
     return part
 
 
-def lessons_of(head: int | None) -> _sentiment_taught.Lessons:
-    """Return what the teacher says, less of it in a trial."""
-    whole = _sentiment_taught.Lessons()
-    return whole if head is None else dataclasses.replace(whole, copies=2, spliced=1)
-
-
 def results(
+    call: _parts.Call,
     run: _sentiment_network.Run,
     tag: str,
-    measured: list[tuple[list[dict[str, Any]], _sentiment_network.Latencies]],
-    listed: tuple[str, ...],
-    targets_of: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
-    settings: dict[str, Any],
-    console: Console,
+    measure: Callable[[int, _parts.Held], _sentiment_network.Measured],
+    how: Any,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
-    """Join what the seeds measured, print it, and return what is written down."""
-    rows = _results.join_seeds([each[0] for each in measured], ("kind", "form", "method"), listed)
-    targets = [] if tag else targets_of(rows)
-    latencies = measured[0][1]
-    _sentiment_report.table(rows, targets, console)
-    _sentiment_report.latencies(latencies, console)
+    """Measure all seeds, join and print what they say, and return what is written down.
+
+    Args:
+      call: of the part.
+      run: what all parts share.
+      tag: of the results.
+      measure: makes the networks of a seed that results do not hold.
+      how: the module that has the part's `LISTED` and `targets_of`.
+      more: settings beside those of the network.
+    """
+    settings = dataclasses.asdict(run.settings) | more
+    held = call.held(tag, settings)
+    by_seed = [measure(seed, held) for seed in call.seeds]
+    rows = _results.join_seeds([each.rows for each in by_seed], _sentiment_network.SAME, how.LISTED)
+    latencies = by_seed[0].latencies(20 if call.head is None else 3)
+    targets = [] if tag else how.targets_of(rows)
+    _sentiment_report.table(rows, targets, call.console)
+    _sentiment_report.latencies(latencies, call.console)
     return {
         "tag": tag,
         "data": _data.about(run.texts),
-        "settings": dataclasses.asdict(run.settings) | settings,
+        "settings": settings,
         "figures": {"rows": rows, "latency_ms": latencies},
         "targets": targets,
     }

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ import pytest
 from experiments import (
     _compress,
     _data,
-    _parts,
     _prune_criteria,
     _prune_extreme,
     _results,
@@ -84,22 +82,6 @@ def test_a_recipe_ends_with_exactly_the_weights_that_it_names():
     assert sum(int(mask.sum()) for mask in masks.values()) == 104 // 7
 
 
-def test_a_part_is_replaced_without_losing_the_others():
-    def made(value: float) -> dict:
-        target = _results.target("error", value, 1.0, "lower")
-        return {"data": value, "settings": {}, "figures": {"error": value}, "targets": [target]}
-
-    results = _parts.joined({}, "prune_images", "first", made(2.0))
-    results = _parts.joined(results, "prune_images", "second", made(0.5))
-    results = _parts.joined(results, "prune_images", "first", made(0.25))
-    assert results["data"] == {"first": 0.25, "second": 0.5}
-    assert results["figures"]["second"] == {"error": 0.5} and set(results["runs"]) == set(
-        results["settings"]
-    )
-    named = {each["target"]: (each["value"], each["met"]) for each in results["targets"]}
-    assert named == {"first: error": (0.25, True), "second: error": (0.5, True)}
-
-
 def test_every_way_of_pruning_and_channels_run_on_little_data(tmp_path, monkeypatch):
     tiny_tfds.write(tmp_path / "tfds", "tiny_digits")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -132,39 +114,6 @@ def test_every_way_of_pruning_and_channels_run_on_little_data(tmp_path, monkeypa
     (row,) = figures["channels"]["chosen"]["seeds"]
     assert {int(stays.split()[0]) % 8 for stays in row["units"].values()} == {0}
     assert len(list(out.glob("*-criteria.png"))) == 1
-
-
-def test_seeds_that_results_hold_are_not_measured_again(tmp_path, monkeypatch):
-    settings = {"seeds": [4, 2], "batch": 8}
-    row = {"how": "once", "criterion": "random", "level": 0.9, "mean_test": 0.5}
-    row |= {"sparsity": [0.9, 0.91], "validation": [0.5, 0.6], "test": [0.4, 0.6]}
-    old = {"settings": settings, "figures": {"networks": {"cnn": [row]}}}
-    run: Any = SimpleNamespace(network=SimpleNamespace(name="cnn"), work=tmp_path)
-    _prune_criteria.take_over(run, old, settings | {"batch": 9})
-    _prune_criteria.take_over(run, {}, settings)
-    assert not list(tmp_path.iterdir())  # other settings, and no results
-    _prune_criteria.take_over(run, old, settings | {"seeds": [2, 3]})
-    found = json.loads((tmp_path / "rows-2.json").read_text())
-    assert found == {"once random 0.9": {
-        "how": "once", "criterion": "random", "level": 0.9,
-        "sparsity": 0.91, "validation": 0.6, "test": 0.6,
-    }}  # fmt: skip
-    (tmp_path / "rows-4.json").write_text("{}")
-    _prune_criteria.take_over(run, old, settings)
-    assert (tmp_path / "rows-4.json").read_text() == "{}"  # what was measured here goes first
-
-    def part(found, **unused):
-        seen.append(found(""))
-        return {"tag": "", "data": {}, "settings": settings, "figures": {"n": 1}, "targets": []}
-
-    seen: list[Any] = []
-    monkeypatch.setattr(_data, "CACHE", tmp_path / "cache")
-    parts: Any = {"one": _parts.goes_on(part)}
-    for more in ([], [], ["--restart"]):
-        _parts.main("trial", parts, "", ["--out", str(tmp_path), *more])
-    assert seen == [
-        {"settings": None, "figures": None}, {"settings": settings, "figures": {"n": 1}}, {}
-    ]  # fmt: skip
 
 
 def test_networks_are_shrunk_and_timed(tmp_path):
