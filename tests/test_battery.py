@@ -5,7 +5,7 @@ vmapped equals one by one, strict dtypes, the input untouched, the structure kep
 through a file.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -176,6 +176,18 @@ TRANSFORMS = {
         QuantSpec(4),
     ),
 }
+
+
+@cache
+def _run(name):
+    """Return a transform followed by what it stands for, and the same compiled, for all tests."""
+
+    def run(params):
+        return jopt.materialize(TRANSFORMS[name](params))
+
+    return run, jax.jit(run)
+
+
 # Random scores would share their key; the divergence of nine values has ties, which fall to the
 # one side or the other with the order of a sum.
 VMAPPED = [name for name in TRANSFORMS if "random" not in name and name != "range_entropy"]
@@ -201,8 +213,7 @@ def test_jitted_equals_eager_and_the_input_is_untouched(name, network):
     _, params = network
     before = jax.tree.map(jnp.copy, params)
     with jax.numpy_dtype_promotion("strict"):
-        eager = jopt.materialize(TRANSFORMS[name](params))
-        jitted = jax.jit(lambda p: jopt.materialize(TRANSFORMS[name](p)))(params)
+        eager, jitted = (run(params) for run in _run(name))
     chex.assert_trees_all_close(jitted, eager, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(eager, params)
     chex.assert_trees_all_equal_structs(eager, params)
@@ -214,16 +225,13 @@ def test_jitted_equals_eager_and_the_input_is_untouched(name, network):
 def test_vmapped_equals_one_by_one(name, network):
     _, params = network
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf + 0.1, -leaf]), params)
-
-    def transform(params):
-        return jopt.materialize(TRANSFORMS[name](params))
-
-    together, single = jax.jit(jax.vmap(transform))(stacked), jax.jit(transform)
+    run, single = _run(name)
+    with jax.numpy_dtype_promotion("strict"):  # as above, so that what was compiled there serves
+        together = jax.jit(jax.vmap(run))(stacked)
+        ones = [single(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(3)]
     for index in range(3):
-        one = jax.tree.map(lambda leaf, i=index: leaf[i], stacked)
-        alone = single(one)
         got = jax.tree.map(lambda leaf, i=index: leaf[i], together)
-        chex.assert_trees_all_close(got, alone, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(got, ones[index], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -233,13 +241,16 @@ def test_vmapped_equals_one_by_one(name, network):
 )
 def test_what_was_saved_comes_back_bit_for_bit(name, network, images, tmp_path):
     apply, params = network
-    changed = TRANSFORMS[name](params)
+    with jax.numpy_dtype_promotion("strict"):  # as above, where all of it was compiled
+        changed = TRANSFORMS[name](params)
     codec.save(tmp_path / "net.jopt", changed)
     codec.verify(tmp_path / "net.jopt", changed)
     loaded = codec.load(tmp_path / "net.jopt", like=changed)
     chex.assert_trees_all_equal_structs(loaded, changed)
     assert bits_of(loaded) == bits_of(changed)
-    outputs = [apply(jopt.materialize(tree), images) for tree in (loaded, changed)]
+    with jax.numpy_dtype_promotion("strict"):
+        restored = [jopt.materialize(tree) for tree in (loaded, changed)]
+    outputs = [apply(tree, images) for tree in restored]
     np.testing.assert_array_equal(*outputs)
 
 
