@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import _bench_run_peers
 from experiments._networks import STAGES
 
 Tree = Any
@@ -60,9 +61,6 @@ def efficientnet(variables: Tree, shape: tuple[int, ...]) -> bytes:
       variables: of `EfficientNetLite0(folded=True)`, with the same limit for all channels.
       shape: of the images, (batch, 3, height, width).
     """
-    import onnx  # pyright: ignore[reportMissingImports]
-    from onnx import TensorProto, helper, numpy_helper  # pyright: ignore[reportMissingImports]
-
     graph = _Graph(variables)
     x, channels, number = graph.conv("x", "stem", 2), 32, 0
     for _, stride, expansion, features, repeats in STAGES:
@@ -80,14 +78,4 @@ def efficientnet(variables: Tree, shape: tuple[int, ...]) -> bytes:
     last = graph.params["classifier"]
     ends = [graph.array("classifier", last["kernel"]), graph.array("classifier_bias", last["bias"])]
     graph.add("Gemm", [x, *ends], "y")
-    made = helper.make_graph(
-        graph.nodes,
-        "efficientnet_lite0",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in graph.arrays.items()],
-    )
-    sets = [helper.make_opsetid("", 17)]
-    return onnx.ModelProto.SerializeToString(
-        helper.make_model(made, opset_imports=sets, ir_version=8)
-    )
+    return _bench_run_peers.onnx_model(graph.nodes, graph.arrays, shape)

@@ -73,21 +73,32 @@ def _serve(pipe: Any, make: Callable[..., Side], arguments: list[tuple[Any, ...]
         pipe.send(time.perf_counter() - start)
 
 
-def _session(nodes: list[Any], constants: dict[str, np.ndarray], x: np.ndarray) -> Side:
-    """Return what runs an ONNX graph from `x` to `y`, two floating-point matrices."""
+def onnx_model(nodes: list[Any], arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> bytes:
+    """Write a graph from `x` to `y`, both floats, as a model.
+
+    Args:
+      nodes: in order.
+      arrays: what they read, by name.
+      shape: of `x`.
+    """
     import onnx  # pyright: ignore[reportMissingImports]
     from onnx import TensorProto, helper, numpy_helper  # pyright: ignore[reportMissingImports]
 
     graph = helper.make_graph(
         nodes,
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        "network",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
     sets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=sets, ir_version=8)
-    return session(onnx.ModelProto.SerializeToString(model), {"x": x})
+    made = helper.make_model(graph, opset_imports=sets, ir_version=8)
+    return onnx.ModelProto.SerializeToString(made)
+
+
+def _session(nodes: list[Any], constants: dict[str, np.ndarray], x: np.ndarray) -> Side:
+    """Return what runs an ONNX graph from `x` to `y`, two floating-point matrices."""
+    return session(onnx_model(nodes, constants, x.shape), {"x": x})
 
 
 def session(model: Any, feed: dict[str, np.ndarray]) -> Side:
