@@ -19,8 +19,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # What runs how is a fixed preference here, no matter of time; kernels have tests of their own.
 os.environ["JOPT_PROBE"] = os.environ["JOPT_NATIVE"] = "0"
 
-# Thousands of small programs are compiled in half of the time by XLA's older emitters.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+# Thousands of small programs are compiled in half of the time by XLA's older emitters, each as one
+# module.
+FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 
 import flax.linen as linen
 import jax
