@@ -21,8 +21,10 @@ os.environ["JOPT_PROBE"] = os.environ["JOPT_NATIVE"] = "0"
 
 # Thousands of small programs are compiled in half of the time by XLA's older emitters, each as one
 # module.
-FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 import flax.linen as linen
 import jax
