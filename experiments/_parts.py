@@ -94,18 +94,22 @@ class Call:
         """Return a folder of checkpoints that several parts share."""
         return self.work.with_name(self.work.name.replace(self.name, name))
 
-    def held(self, tag: str, settings: dict[str, Any]) -> Held:
+    def held(self, tag: str, settings: dict[str, Any], named: str = "") -> Held:
         """Return what results hold, so that a seed is not measured twice.
 
         Args:
           tag: of the results.
           settings: as they are written; those of results must be the same but for the seeds.
+          named: an entry of the settings that may be another, since it is in the rows' names.
         """
         if self.restart or self.head is not None:
             return Held()
         old = read(self.out, title(self.experiment, tag))
         was = old.get("settings", {}).get(self.name)
-        if was is None or _without_seeds(was) != _without_seeds(settings):
+        if was is None:
+            return Held()
+        old_settings, new_settings = ({**each, named: None} for each in (was, settings))
+        if _without_seeds(old_settings) != _without_seeds(new_settings):
             return Held()
         return Held(tuple(_seeds(was)), old["figures"][self.name])
 

@@ -1,5 +1,7 @@
 """After training: the methods of quantization and pruning that the language experiments compare."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jopt import layers, prune, quant
@@ -14,6 +16,9 @@ METHODS: dict[str, Any] = {
     "GPTQ": quant.gptq,
     "rotation + RTN": quant.hadamard_rotation,
 }
+
+IN_ORDER = "GPTQ in order, MSE"
+ORDERED = (4,)  # bits: it is by far the slowest, a pass over the sentences for every kernel
 
 
 def spec(bits: int, group: int) -> quant.QuantSpec:
@@ -52,6 +57,34 @@ def quantized(
         if isinstance(entry, str) or not bool(entry.improved.all())
     ]
     return params, lost
+
+
+def in_order(
+    apply: Callable[..., Any],
+    params: Tree,
+    batches: Sequence[Any],
+    how: quant.QuantSpec,
+    kernels: str,
+    tables: str,
+) -> tuple[Tree, list[str]]:
+    """Quantize kernel after kernel by GPTQ, each for the inputs that those before it leave.
+
+    Args:
+      apply: the network, `(params, batch)`.
+      params: of a trained network.
+      batches: that it is calibrated on. Twice as many as for the others are needed: what is fitted
+        to errors needs more.
+      how: the format of kernels, whose ranges are those of the smallest squared error.
+      kernels: a regular expression for their paths.
+      tables: one for the paths of tables of vectors.
+
+    Returns:
+      The tree, and the paths that could not be followed.
+    """
+    how = dataclasses.replace(how, range=quant.mse)
+    params, report = quant.quantize_in_order(apply, params, batches, how, quant.gptq, kernels)
+    lost = [path for path, entry in report.items() if isinstance(entry, str)]
+    return quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), tables), lost
 
 
 Pattern = float | tuple[int, int]

@@ -93,6 +93,11 @@ def measure(
         tree, lost = _post_training.quantized(teacher(), needed, how, method, KERNELS, TABLES)
         return tree, {"not_improved": len(lost)}, None
 
+    def in_order(bits: int) -> Made:
+        how, batches = _post_training.spec(bits, run.group), run.full_rows(seed, 2)
+        tree, lost = _post_training.in_order(run.plain, teacher(), batches, how, KERNELS, TABLES)
+        return tree, {"not_improved": len(lost)}, None
+
     def eight(inputs: str) -> Made:
         tree = quant.quantize_params(teacher(), quant.QuantSpec(8, (1, -1)), TABLES)
         if inputs == "SmoothQuant":
@@ -115,6 +120,8 @@ def measure(
     for bits in BITS:
         for name, method in _post_training.METHODS.items():
             scores.add("quantized", f"W{bits}", name, partial(by_method, bits, method))
+        if bits in _post_training.ORDERED:
+            scores.add("quantized", f"W{bits}", _post_training.IN_ORDER, partial(in_order, bits))
     for inputs in ("a range for each token", "one range", "SmoothQuant"):
         scores.add("quantized", "W8A8", inputs, partial(eight, inputs))
     for form, pattern in PATTERNS.items():

@@ -148,9 +148,9 @@ class Run:
             found[part] = round(float(np.mean(logits.argmax(1) == labels)), 6)
         return found
 
-    def full_rows(self, seed: int) -> list[np.ndarray]:
-        """Return training sentences without filling, drawn by a seed, for calibration."""
-        length, count = self.settings.calibration_length, self.settings.calibration
+    def full_rows(self, seed: int, times: int = 1) -> list[np.ndarray]:
+        """Return so many times the usual training sentences, full ones, drawn by a seed."""
+        length, count = self.settings.calibration_length, times * self.settings.calibration
         return _sentences.drawn_rows(self.tokenizer, self.texts, seed, length, count)
 
     def latencies(self, sides: Mapping[str, tuple[Any, Tree]], repeats: int) -> Latencies:

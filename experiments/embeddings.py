@@ -41,14 +41,12 @@ from experiments import (
     _sentences,
     _text,
 )
-from jopt import layers, quant
+from jopt import layers
 
 Tree = Any
 KERNELS = "layer.*/kernel"
 TABLES = "(words|places)/embedding"
 SURE = 0.99  # mean cosine at 4 bits
-IN_ORDER = "GPTQ in order, MSE"
-ORDERED = (4,)  # bits: it is by far the slowest, a pass over the sentences for every kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +113,9 @@ class Run:
         return layers.calibrate(self.encode, self.bert.params, self.sentences(seed))
 
     def in_order(self, bits: int, seed: int) -> tuple[Tree, list[str]]:
-        """Quantize kernel after kernel by GPTQ, each for the inputs that those before it leave.
-
-        Twice as many sentences as for the others: what is fitted to errors needs more.
-        """
-        how = dataclasses.replace(_post_training.spec(bits, self.group), range=quant.mse)
-        params, report = quant.quantize_in_order(
-            self.encode, self.bert.params, self.sentences(seed, 2), how, quant.gptq, KERNELS
-        )
-        lost = [path for path, entry in report.items() if isinstance(entry, str)]
-        return quant.quantize_params(params, quant.QuantSpec(8, (1, -1)), TABLES), lost
+        """Quantize kernel after kernel, each for the inputs that those before it leave."""
+        how, batches = _post_training.spec(bits, self.group), self.sentences(seed, 2)
+        return _post_training.in_order(self.encode, self.bert.params, batches, how, KERNELS, TABLES)
 
     def row(self, form: str, method: str, tree: Tree, lost: list[str]) -> dict[str, Any]:
         """Write a network to a file, and compare what comes back with the float network."""
@@ -190,8 +181,8 @@ def measure(run: Run, seed: int, first: bool) -> list[dict[str, Any]]:
         for method, chosen in _post_training.METHODS.items():
             if first or chosen is not None:
                 row(f"{bits} bits", method, partial(quantized, bits, method))
-        if bits in ORDERED:
-            row(f"{bits} bits", IN_ORDER, partial(run.in_order, bits, seed))
+        if bits in _post_training.ORDERED:
+            row(f"{bits} bits", _post_training.IN_ORDER, partial(run.in_order, bits, seed))
     return rows.list()
 
 

@@ -103,7 +103,7 @@ def results(
       more: settings beside those of the network.
     """
     settings = dataclasses.asdict(run.settings) | more
-    held = call.held(tag, settings)
+    held = call.held(tag, settings, "packings")
     by_seed = [measure(seed, held) for seed in call.seeds]
     rows = _results.join_seeds([each.rows for each in by_seed], _sentiment_network.SAME, how.LISTED)
     latencies = by_seed[0].latencies(20 if call.head is None else 3)

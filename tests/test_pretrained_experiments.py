@@ -111,7 +111,7 @@ def test_embeddings_of_a_checkpoint_on_disk_are_compared(folder, capsys, monkeyp
     figures = json.loads(file.read_text())["figures"]["sentences"]
     whole, *rows = figures["rows"]
     assert whole["overlap"] == [1.0] and whole["mean_test"] > 0.99999
-    assert [row["method"] for row in rows] == [*methods, embeddings.IN_ORDER]
+    assert [row["method"] for row in rows] == [*methods, _post_training.IN_ORDER]
     for row in rows:
         assert row["mean_test"] > 0.9 and row["bytes"][0] < whole["bytes"][0]
     assert min(row["mean_test"] for row in rows) < 0.9999
@@ -127,9 +127,10 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     checkpoint = tiny_bert.write(folder / "bert", tiny_bert.tensors(), WORDS)
     monkeypatch.setattr(_post_training, "METHODS", {"RTN": None})  # the others are tested
     monkeypatch.setattr(_post_training, "CRITERIA", ("Wanda",))  # with the language model
+    monkeypatch.setattr(_post_training, "ORDERED", ())
     monkeypatch.setattr(_sentiment_after, "BITS", (4,))
     monkeypatch.setattr(_sentiment_after, "PATTERNS", {"2:4": (2, 4)})
-    packing = _sentiment_students.Packing(4, _compress.Recipe(0.5, 4, 1, 1, 3e-4))
+    packing = _sentiment_students.Packing(4, _compress.Recipe(0.5, 4, 1, 1, 3e-4), seen=True)
     monkeypatch.setattr(_sentiment_students, "PACKINGS", {"small": packing})
     arguments = ["--smoke", "--dataset", "tiny_text", "--checkpoint", str(checkpoint)]
     sentiment.main([*arguments, "--out", str(folder / "out")])
@@ -169,7 +170,7 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     figures = made["students"]
     sizes = [row["bytes"][0] for row in figures["rows"]]
     assert [row["form"] for row in figures["rows"]] == ["32 bits", "1 layers", "small"]
-    assert figures["rows"][-1]["method"] == "50%, 4 bits, rank 4"
+    assert figures["rows"][-1]["method"] == "50%, 4 bits, rank 4, words seen"
     assert sizes == sorted(sizes, reverse=True)
     assert len(figures["latency_ms"]) == 3
 
