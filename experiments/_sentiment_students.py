@@ -54,7 +54,7 @@ CHANNEL = (-1, 1)  # weights that share a scale
 PACKINGS = {
     "medium": Packing(128, _compress.Recipe(0.5, 6, 2, 2, 3e-4)),
     "small": Packing(128, _compress.Recipe(0.5, 4, 2, 2, 3e-4)),
-    "tiny": Packing(128, _compress.Recipe(0.8, 4, 4, 2, 3e-4), seen=True),
+    "tiny": Packing(112, _compress.Recipe(0.8, 4, 4, 2, 3e-4), seen=True),
 }
 
 
