@@ -2,6 +2,7 @@
 
     python -m experiments.bench_run                    # everything, about ten minutes on two cores
     python -m experiments.bench_run --only products    # one part: products or networks
+    python -m experiments.bench_run --readme           # the committed results, into README.md
     python -m experiments.bench_run --smoke
 
 All sides of a case run in one process, in turns; medians are compared. Cold cases rotate over more
@@ -14,6 +15,7 @@ floats; and how far its outputs are from the plain path's, by the largest output
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from experiments import (
     _bench_run_networks,
     _bench_run_peers,
     _bench_run_products,
+    _bench_run_report,
     _results,
     _timing,
 )
@@ -94,6 +97,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench_run")
     parser.add_argument("--only", choices=sorted(PARTS), help="one part, results written apart")
     parser.add_argument("--smoke", action="store_true", help="small sizes, a few calls")
+    parser.add_argument("--readme", action="store_true", help="write README's table, time nothing")
     parser.add_argument("--repeats", type=int, default=21, help="calls of each side")
     parser.add_argument("--out", type=Path, default=_results.RESULTS, help="where results go")
     return parser.parse_args(arguments)
@@ -102,6 +106,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     options = _parse(arguments)
+    if options.readme:
+        results = json.loads((options.out / "bench_run.json").read_text())
+        return _bench_run_report.write(results["figures"])
     repeats = 2 if options.smoke else options.repeats
     best = limits(options.smoke)
     print(

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from experiments import _bench_run_peers, bench_run
+from experiments import _bench_run_peers, _bench_run_report, bench_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,9 +37,32 @@ def test_the_readme_says_what_was_measured():
     results = json.loads((ROOT / "experiments/results/bench_run.json").read_text())
     text = (ROOT / "README.md").read_text()
     assert results["command"] in text
-    for row in results["figures"]:
-        lines = [line for line in text.splitlines() if line.startswith(f"| {row['case']}")]
-        assert any(f"{row['times_faster']['XLA float32']:.2f}x" in line for line in lines), row
-        for name, times in row["times_faster"].items():
-            if name in {"ONNX Runtime int8", "ONNX Runtime MatMulNBits", "PyTorch CSR", "PyTorch"}:
-                assert any(f"{times:.2f}x {name}" in line for line in lines), (row, name)
+    _, rest = text.split(f"{_bench_run_report.BEGIN}\n")
+    table = rest.split(_bench_run_report.END)[0].splitlines()
+    assert table == _bench_run_report.lines(results["figures"])
+
+
+def test_the_table_says_how_fast_each_way_is_and_replaces_the_old_one(tmp_path):
+    row = {
+        "case": "a network",
+        "ours": "jopt, W8A8",
+        "microseconds": {"XLA float32": 4000.0, "jopt, W8A8": 2000.0, "jopt, W8": 1000.0},
+        "times_faster": {"XLA float32": 2.0, "jopt, W8": 0.5, "jopt in XLA": 3.0, "Other": 1.25},
+    }
+    product = {
+        "case": "a product",
+        "ours": "jopt",
+        "microseconds": {"XLA float32": 90.0, "jopt": 30.0},
+        "times_faster": {"XLA float32": 3.0},
+    }
+    readme = tmp_path / "README.md"
+    begin, end = _bench_run_report.BEGIN, _bench_run_report.END
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    _bench_run_report.write([row, product], readme)
+    first, *table, last = readme.read_text().split(f"{begin}\n")[1].splitlines()[1:-1]
+    assert first.startswith("|---") and last == end
+    assert table == [
+        "| a network (W8A8) | 2.0 ms | 2.00x; W8 4.00x | 1.25x Other |",
+        "| a product | 30 us | 3.00x | - |",
+    ]
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("after\n")
