@@ -36,6 +36,12 @@ JOPT_INLINE float scale_of(const Int4Weights& w, int64_t n, int64_t g) {
   return w.scale ? w.scale[n * w.groups + g] : 1.0f;
 }
 
+// Scales of an output that comes later, once for each cache line: no stream of them is long enough
+// for the processor to foresee it.
+JOPT_INLINE void prefetch_scale(const Int4Weights& w, int64_t n, int64_t g) {
+  if (g % 16 == 0 && w.scale) prefetch(w.scale + n * w.groups + g);
+}
+
 template <int R, int T, class Decode>
 JOPT_INLINE void int4_tile(const Codes8& x, const GroupSums& sums, const Int4Weights& w,
                            const Decode* decode, const float* unit, int64_t n, int64_t m,
@@ -57,6 +63,7 @@ JOPT_INLINE void int4_tile(const Codes8& x, const GroupSums& sums, const Int4Wei
       JOPT_UNROLL for (int r = 0; r < R; ++r) {
         prefetch(packed[r] + b + 2 * R * w.width);
         const B block = b_load(packed[r] + b);
+        prefetch_scale(w, n + r + 2 * R, g);
         const F scale = f_set(scale_of(w, n + r, g));
         JOPT_UNROLL for (int t = 0; t < T; ++t) {
           const I sum = decode[r].below(start(t, g), block, b_load(in[t] + 2 * b));
@@ -78,6 +85,7 @@ JOPT_INLINE void int4_tile(const Codes8& x, const GroupSums& sums, const Int4Wei
       JOPT_UNROLL for (int r = 0; r < R; ++r) {
         prefetch(packed[r] + b + 2 * R * w.width);
         block[r] = b_load(packed[r] + b);
+        prefetch_scale(w, n + r + 2 * R, g);
         scale[r] = f_set(scale_of(w, n + r, g));
       }
       JOPT_UNROLL for (int t = 0; t < T; ++t) {
@@ -104,6 +112,7 @@ JOPT_INLINE void int4_tile(const Codes8& x, const GroupSums& sums, const Int4Wei
         }
       }
       JOPT_UNROLL for (int r = 0; r < R; ++r) {
+        prefetch_scale(w, n + r + 2 * R, g);
         const F scale = f_set(scale_of(w, n + r, g));
         JOPT_UNROLL for (int t = 0; t < T; ++t)
           total[r][t] = f_fma(scale, i_float(sum[r][t]), total[r][t]);
