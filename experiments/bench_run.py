@@ -5,9 +5,10 @@
     python -m experiments.bench_run --readme           # the committed results, into README.md
     python -m experiments.bench_run --smoke
 
-All sides of a case run in one process, in turns; medians are compared. Cold cases rotate over more
-matrices than the caches hold, so that weights stream from memory as they do in a network; warm ones
-repeat one matrix. ONNX Runtime, PyTorch, qwix and AQT are timed where they are installed.
+All sides of a case run in turns, each called twice, of which the second counts; medians are
+compared. Cold cases rotate over more matrices than the caches hold, so that weights stream from
+memory as they do in a network; warm ones repeat one matrix. ONNX Runtime, PyTorch, qwix and AQT are
+timed where they are installed.
 
 Beside each case stand what fraction of this machine's measured limits it reaches: of the speed at
 which one core's sum over floats reads memory, and of the multiply-adds of a large product of
@@ -56,7 +57,7 @@ def limits(smoke: bool) -> dict[str, float]:
 def measure(case: Case, repeats: int, best: dict[str, float]) -> dict[str, Any]:
     """Time one case."""
     try:
-        rows = _timing.interleaved(case.sides, repeats)
+        rows = _timing.interleaved(case.sides, repeats, settle=True)
     finally:
         for side in case.sides.values():
             if isinstance(side, _bench_run_peers.Other):
