@@ -94,13 +94,14 @@ class Call:
         """Return a folder of checkpoints that several parts share."""
         return self.work.with_name(self.work.name.replace(self.name, name))
 
-    def held(self, tag: str, settings: dict[str, Any], named: str = "") -> Held:
+    def held(self, tag: str, settings: dict[str, Any], growing: str = "") -> Held:
         """Return what results hold, so that a seed is not measured twice.
 
         Args:
           tag: of the results.
           settings: as they are written; those of results must be the same but for the seeds.
-          named: an entry of the settings that may be another, since it is in the rows' names.
+          growing: an entry of the settings that describes rows by name, and may have more or fewer
+            of them; those in both must be the same.
         """
         if self.restart or self.head is not None:
             return Held()
@@ -108,8 +109,11 @@ class Call:
         was = old.get("settings", {}).get(self.name)
         if was is None:
             return Held()
-        old_settings, new_settings = ({**each, named: None} for each in (was, settings))
-        if _without_seeds(old_settings) != _without_seeds(new_settings):
+        old_settings, new_settings = map(_without_seeds, (was, settings))
+        one, two = (each.pop(growing, {}) for each in (old_settings, new_settings))
+        if old_settings != new_settings or any(
+            one[name] != two[name] for name in one if name in two
+        ):
             return Held()
         return Held(tuple(_seeds(was)), old["figures"][self.name])
 

@@ -40,6 +40,11 @@ class Packing:
         recipe, seen = self.recipe, ", words seen" if self.seen else ""
         return f"{recipe.sparsity:.0%}, {recipe.bits} bits, rank {self.factor}{seen}"
 
+    def described(self) -> dict[str, Any]:
+        """Return all of it as it is written into the results; of `seen` nothing where it is not."""
+        found = dataclasses.asdict(self)
+        return found if self.seen else {key: each for key, each in found.items() if key != "seen"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -60,7 +65,7 @@ PACKINGS = {
 
 def packings() -> dict[str, Any]:
     """Return the packings as they are written into the results."""
-    return {"packings": {name: dataclasses.asdict(how) for name, how in PACKINGS.items()}}
+    return {"packings": {name: how.described() for name, how in PACKINGS.items()}}
 
 
 class Students(Taught):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from experiments import _data, _parts, _results, _rows
 
@@ -64,8 +65,7 @@ def trial(tmp_path, monkeypatch):
 
     def run(part: _parts.Part, *arguments: str) -> dict[str, Any]:
         _parts.main("trial", {"one": part}, "", ["--out", str(tmp_path), *arguments])
-        stem = "trial"
-        return json.loads((tmp_path / f"{stem}.json").read_text())["figures"]["one"]
+        return json.loads((tmp_path / "trial.json").read_text())["figures"]["one"]
 
     return run
 
@@ -102,6 +102,26 @@ def test_seeds_are_measured_again(trial, tmp_path, why):
     else:
         trial(_part(made, skill=0.75), "--seeds", "3")
     assert made == [3, 3]
+
+
+def test_rows_may_be_added_to_results_but_not_described_otherwise(tmp_path):
+    def settings(**recipes: int) -> dict[str, Any]:
+        return {
+            "seeds": [1],
+            "skill": 0.5,
+            "recipes": {n: {"epochs": e} for n, e in recipes.items()},
+        }
+
+    old = {"settings": {"one": settings(small=2)}, "figures": {"one": {"rows": []}}}
+    (tmp_path / "trial.json").write_text(json.dumps(old))
+    call = _parts.Call("trial", "one", None, None, (1,), tmp_path, tmp_path, Console())
+
+    def seeds(new: dict[str, Any]) -> tuple[int, ...]:
+        return call.held("", new, "recipes").seeds
+
+    assert seeds(settings(small=2)) == seeds(settings(small=2, tiny=4)) == (1,)
+    assert seeds(settings(small=3)) == () and seeds(settings(small=2) | {"skill": 0.75}) == ()
+    assert call.held("", settings(small=2, tiny=4)).seeds == ()  # nothing may grow
 
 
 def test_a_killed_run_makes_the_rows_that_are_missing(tmp_path):
