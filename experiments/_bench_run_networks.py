@@ -56,11 +56,13 @@ def efficientnet(smoke: bool) -> Case:
     x = jax.random.normal(jax.random.key(1), (1, 32 if smoke else 224, 32 if smoke else 224, 3))
     variables = jax.jit(model.init)(jax.random.key(0), x)
     plain, fast = jax.jit(model.apply), run.compressed(model.apply)
+    rounded = run.compressed(model.apply, activations="int8")
     prepared, floats = _compressed(model.apply, variables, x, EIGHT, None)
     sides = {
         FLOAT: lambda: plain(variables, x),
         "jopt, floats": lambda: fast(variables, x),
         "jopt, W8": lambda: fast(prepared, x),
+        "jopt, W8A8": lambda: rounded(prepared, x),
     }
     if peers.HAS_ORT:
         _, folded = _efficientnet.fold(model, variables)

@@ -18,16 +18,16 @@ Tree = Any
 
 
 class Cache(NamedTuple):
-    """What attention keeps of the tokens that were read.
+    """What attention keeps of the tokens that were read, laid out as its products read it.
 
     Attributes:
-      keys: (layers, batch, positions, heads, width of a head).
-      values: the same shape.
+      keys: of each layer, (batch * heads, width of a head, positions).
+      values: of each layer, (batch * heads, positions, width of a head).
       length: how many tokens were read, a scalar.
     """
 
-    keys: Array
-    values: Array
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
     length: Array
 
 
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
         start = jnp.int32(0) if cache is None else cache.length
         x = table(ids) + lax.dynamic_slice_in_dim(places, start, ids.shape[1])[None]
         x = drop(x)
-        kept = []
+        kept_keys, kept_values = [], []
         for number in range(self.layers):
             name = f"layer{number}"
             y = nn.LayerNorm(name=f"{name}_attention_norm")(x)
@@ -77,13 +77,15 @@ class Decoder(nn.Module):
                 nn.Dense(self.width, name=f"{name}_{part}")(y).reshape(*y.shape[:2], self.heads, -1)
                 for part in ("query", "key", "value")
             )
+            query, key, value = (by_head(each) for each in (query, key, value))
+            key = key.swapaxes(1, 2)
             if cache is not None:
-                key, value = (
-                    lax.dynamic_update_slice_in_dim(past[number], new, start, 1)
-                    for past, new in ((cache.keys, key), (cache.values, value))
-                )
-                kept.append((key, value))
-            y = attend(query, key, value, start).reshape(y.shape)
+                key = lax.dynamic_update_slice_in_dim(cache.keys[number], key, start, 2)
+                value = lax.dynamic_update_slice_in_dim(cache.values[number], value, start, 1)
+                kept_keys.append(key)
+                kept_values.append(value)
+            mixed = attend(query, key, value, start).reshape(len(ids), self.heads, *query.shape[1:])
+            y = mixed.swapaxes(1, 2).reshape(y.shape)
             x = x + drop(nn.Dense(self.width, name=f"{name}_out")(y))
             y = nn.LayerNorm(name=f"{name}_norm")(x)
             y = nn.gelu(nn.Dense(self.hidden, name=f"{name}_up")(y))
@@ -91,31 +93,37 @@ class Decoder(nn.Module):
         logits = table.attend(nn.LayerNorm(name="norm")(x))
         if cache is None:
             return logits, None
-        keys, values = (jnp.stack(each) for each in zip(*kept, strict=True))
-        return logits, Cache(keys, values, start + ids.shape[1])
+        return logits, Cache(tuple(kept_keys), tuple(kept_values), start + ids.shape[1])
 
     def empty(self, batch: int, positions: int | None = None) -> Cache:
         """Return a cache with room for some tokens, by default for all that have a place."""
         room = self.positions if positions is None else positions
-        shape = (self.layers, batch, room, self.heads, self.width // self.heads)
-        return Cache(jnp.zeros(shape), jnp.zeros(shape), jnp.int32(0))
+        wide = self.width // self.heads
+        keys = tuple(jnp.zeros((batch * self.heads, wide, room)) for _ in range(self.layers))
+        values = tuple(jnp.zeros((batch * self.heads, room, wide)) for _ in range(self.layers))
+        return Cache(keys, values, jnp.int32(0))
+
+
+def by_head(values: Array) -> Array:
+    """Turn (batch, tokens, heads, width of a head) into (batch * heads, tokens, width of a head)."""
+    return values.swapaxes(1, 2).reshape(-1, values.shape[1], values.shape[3])
 
 
 def attend(query: Array, key: Array, value: Array, start: Array) -> Array:
-    """Mix the values of what comes no later, (batch, tokens, heads, width of a head).
+    """Mix the values of what comes no later, (batch * heads, tokens, width of a head).
 
     `softmax(q k^T / sqrt(d)) v`, a token at place `start + i` seeing places 0 to `start + i`.
 
     Args:
-      query: (batch, tokens, heads, width of a head).
-      key: (batch, places, heads, width of a head), place 0 first.
-      value: the same shape.
+      query: (batch * heads, tokens, width of a head).
+      key: (batch * heads, width of a head, places), place 0 first.
+      value: (batch * heads, places, width of a head).
       start: place of the first query, a scalar.
     """
-    scores = jnp.einsum("bthd,bshd->bhts", query, key) / jnp.sqrt(jnp.float32(query.shape[-1]))
-    seen = jnp.arange(key.shape[1])[None] <= start + jnp.arange(query.shape[1])[:, None]
-    scores = jnp.where(seen[None, None], scores, jnp.finfo(scores.dtype).min)
-    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), value)
+    scores = query @ key / jnp.sqrt(jnp.float32(query.shape[-1]))
+    seen = jnp.arange(key.shape[2])[None] <= start + jnp.arange(query.shape[1])[:, None]
+    scores = jnp.where(seen[None], scores, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(scores) @ value
 
 
 Choose = Callable[[Array, Array], Array]

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -94,13 +94,13 @@ class Call:
         """Return a folder of checkpoints that several parts share."""
         return self.work.with_name(self.work.name.replace(self.name, name))
 
-    def held(self, tag: str, settings: dict[str, Any], growing: str = "") -> Held:
+    def held(self, tag: str, settings: dict[str, Any], growing: Sequence[str] = ()) -> Held:
         """Return what results hold, so that a seed is not measured twice.
 
         Args:
           tag: of the results.
           settings: as they are written; those of results must be the same but for the seeds.
-          growing: an entry of the settings that describes rows by name, and may have more or fewer
+          growing: entries of the settings that describe rows by name, and may have more or fewer
             of them; those in both must be the same.
         """
         if self.restart or self.head is not None:
@@ -110,10 +110,9 @@ class Call:
         if was is None:
             return Held()
         old_settings, new_settings = map(_without_seeds, (was, settings))
-        one, two = (each.pop(growing, {}) for each in (old_settings, new_settings))
-        if old_settings != new_settings or any(
-            one[name] != two[name] for name in one if name in two
-        ):
+        pairs = [(old_settings.pop(name, {}), new_settings.pop(name, {})) for name in growing]
+        agree = all(one[row] == two[row] for one, two in pairs for row in one if row in two)
+        if old_settings != new_settings or not agree:
             return Held()
         return Held(tuple(_seeds(was)), old["figures"][self.name])
 

@@ -9,7 +9,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,30 @@ UNITS = r"encoder/layer\d+/(query/kernel\[1\]:0|up/kernel\[1\])"  # heads, hidde
 SELECT = partial(prune.global_topk_masks, where=KERNELS)
 
 
+class Pruning(NamedTuple):
+    """How many weights of all layers go, and which."""
+
+    sparsity: float
+    by: str  # "movement" or "magnitude"
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """Return what tells its row from others: form and method."""
+        return f"{self.sparsity:.0%}", f"{self.by}, taught"
+
+
+PRUNINGS = (Pruning(0.9, "movement"), Pruning(0.9, "magnitude"))
+
+
+def prunings() -> dict[str, Any]:
+    """Return the prunings as they are written into the results."""
+    return {"prunings": {", ".join(how.row): how._asdict() for how in PRUNINGS}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What decides the outcome beside the settings of the network and its lessons."""
 
-    sparsities: tuple[float, ...] = (0.8, 0.9)
     prune_epochs: int = 6
     score_rate: float = 1e-2  # Adam's, of the scores of movement, as in the paper
     units: float = 0.5  # of heads and of hidden units that are removed
@@ -121,10 +140,8 @@ class Trained(Taught):
         scores = _sentiment_network.Scores(run, self.work.name, self.seed, held, LISTED)
         scores.add("float", "32 bits", "", lambda: (self.teacher, {}, None))
         ways = {"magnitude": self.by_magnitude, "movement": self.by_movement}
-        for sparsity in settings.sparsities:
-            for name, way in ways.items():
-                form, method = f"{sparsity:.0%}", f"{name}, taught"
-                scores.add("pruned", form, method, partial(way, sparsity))
+        for how in PRUNINGS:
+            scores.add("pruned", *how.row, partial(ways[how.by], how.sparsity))
         shapes: dict[tuple[str, str, str], Callable[[], Made]] = {
             ("shrunk", f"{settings.units:.0%} of units", "saliency, taught"): self.fewer_units,
             ("shrunk", f"{len(settings.layers)} layers", "taught"): self.fewer_layers,
@@ -138,7 +155,6 @@ def smoke(settings: Settings) -> Settings:
     """Shorten everything to an epoch of one network of each kind, of two layers."""
     return dataclasses.replace(
         settings,
-        sparsities=settings.sparsities[-1:],
         prune_epochs=1,
         layers=(0,),
         shrunk_epochs=1,
@@ -152,6 +168,6 @@ MOVED = 0.015
 def targets_of(rows: list[Row]) -> list[dict[str, Any]]:
     """Hold what movement loses against what it may."""
     by_name = {(row["form"], row["method"]): row for row in rows}
-    lost = round(rows[0]["mean_test"] - by_name["90%", "movement, taught"]["mean_test"], 6)
+    lost = round(rows[0]["mean_test"] - by_name[PRUNINGS[0].row]["mean_test"], 6)
     words = "90 % by movement, taught: test accuracy lost"
     return [_results.target(words, lost, MOVED, "lower")]

@@ -103,7 +103,7 @@ def results(
       more: settings beside those of the network.
     """
     settings = dataclasses.asdict(run.settings) | more
-    held = call.held(tag, settings, "packings")
+    held = call.held(tag, settings, ("packings", "prunings"))
     by_seed = [measure(seed, held) for seed in call.seeds]
     rows = _results.join_seeds([each.rows for each in by_seed], _sentiment_network.SAME, how.LISTED)
     latencies = by_seed[0].latencies(20 if call.head is None else 3)
@@ -121,7 +121,9 @@ def results(
 
 PARTS: dict[str, _parts.Part] = {
     "after": after,
-    "trained": taught("trained", _sentiment_trained, _sentiment_trained.Trained),
+    "trained": taught(
+        "trained", _sentiment_trained, _sentiment_trained.Trained, _sentiment_trained.prunings
+    ),
     "students": taught(
         "students", _sentiment_students, _sentiment_students.Students, _sentiment_students.packings
     ),

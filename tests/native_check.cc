@@ -232,46 +232,68 @@ static void check_sparse(Pool& pool, const Rows& x, int64_t outputs) {
 }
 
 template <class Pool>
-static void check_depthwise(Pool& pool) {
-  Window s{pick(0, 2), pick(1, 9), pick(1, 30), pick(1, 20), pick(1, 4), pick(1, 4),
-           pick(1, 3), pick(1, 3), pick(0, 6),  pick(0, 6),  0,          0};
+static void check_floats(Pool& pool, const Rows& x, int64_t outputs) {
+  const std::vector<float> kernel = normals(x.inputs * outputs);
+  std::vector<float> y(x.rows * outputs);
+  run_floats(pool, x.data.data(), x.rows, x.inputs, {kernel.data(), outputs}, y.data());
+  expect("floats", x, outputs, false, y,
+         [&](int64_t n, int64_t i) { return (double)kernel[i * outputs + n]; });
+}
+
+// Windows that hang over edges, or lie inside.
+template <class Pool>
+static void check_windows(Pool& pool, bool depthwise) {
+  const int64_t outputs = pick(1, 40), large = pick(0, 1) ? 40 : 9;
+  Window s{pick(0, 2), pick(1, large), pick(1, 30), pick(1, depthwise ? 50 : 9), pick(1, 5),
+           pick(1, 5), pick(1, 3),     pick(1, 3),  pick(0, 6),                  pick(0, 6), 0, 0};
+  if (pick(0, 2) == 0) s.top = s.left = 0;
   const int64_t rows = s.height + s.top + pick(0, 6) - s.rows;
   const int64_t columns = s.width + s.left + pick(0, 6) - s.columns;
   s.out_rows = rows < 0 ? 0 : rows / s.stride_rows + 1;
   s.out_columns = columns < 0 ? 0 : columns / s.stride_columns + 1;
+  const int64_t last = depthwise ? s.channels : outputs;
   const std::vector<float> x = normals(s.batch * s.height * s.width * s.channels);
-  const std::vector<float> kernel = normals(s.rows * s.columns * s.channels);
-  std::vector<float> y(s.batch * s.out_rows * s.out_columns * s.channels);
-  run_depthwise(pool, x.data(), kernel.data(), s, y.data());
+  const std::vector<float> kernel = normals(s.rows * s.columns * s.channels * (depthwise ? 1 : last));
+  std::vector<float> y(s.batch * s.out_rows * s.out_columns * last);
+  if (depthwise)
+    run_depthwise(pool, x.data(), kernel.data(), s, y.data());
+  else
+    run_convolution(pool, x.data(), {kernel.data(), outputs}, s, y.data());
   size_t at = 0;
-  for (int64_t n = 0; n < s.batch; ++n)
+  for (int64_t image = 0; image < s.batch; ++image)
     for (int64_t r = 0; r < s.out_rows; ++r)
       for (int64_t c = 0; c < s.out_columns; ++c)
-        for (int64_t channel = 0; channel < s.channels; ++channel) {
+        for (int64_t n = 0; n < last; ++n) {
           Sum sum;
           for (int64_t i = 0; i < s.rows; ++i)
             for (int64_t j = 0; j < s.columns; ++j) {
               const int64_t row = r * s.stride_rows - s.top + i;
               const int64_t column = c * s.stride_columns - s.left + j;
               if (row < 0 || column < 0 || row >= s.height || column >= s.width) continue;
-              sum.add((double)x[((n * s.height + row) * s.width + column) * s.channels + channel] *
-                      kernel[(i * s.columns + j) * s.channels + channel]);
+              const float* in = &x[((image * s.height + row) * s.width + column) * s.channels];
+              const float* weights = &kernel[(i * s.columns + j) * s.channels * (depthwise ? 1 : last)];
+              if (depthwise) sum.add((double)in[n] * weights[n]);
+              for (int64_t k = 0; !depthwise && k < s.channels; ++k)
+                sum.add((double)in[k] * weights[k * last + n]);
             }
-          compare("depthwise", y[at++], sum.value, sum.size);
+          compare(depthwise ? "depthwise" : "convolution", y[at++], sum.value, sum.size);
         }
 }
 
 template <class Pool>
 static void round_of(int64_t most) {
   Pool pool;
-  const Rows x(pick(0, 20) ? pick(0, 9) : 40, pick(0, most));
-  const int64_t outputs = pick(0, 2 * most);
-  switch (pick(0, 4)) {
+  // Few rows, those from which on panels serve, and now and then enough to be cut into blocks.
+  const int64_t kind = pick(0, 20), rows = kind ? kind % 3 ? pick(0, 9) : pick(8, 60) : 300;
+  const Rows x(rows, rows < 300 ? pick(0, most) : pick(30, 60));
+  const int64_t outputs = rows < 300 ? pick(0, 2 * most) : pick(20, 60);
+  switch (pick(0, 6)) {
     case 0: return check_int8(pool, x, outputs);
     case 1: return check_int4(pool, x, outputs);
     case 2: return check_bits(pool, x, outputs);
     case 3: return check_sparse(pool, x, outputs);
-    default: return check_depthwise(pool);
+    case 4: return check_floats(pool, x, outputs);
+    default: return check_windows(pool, pick(0, 1));
   }
 }
 

@@ -117,7 +117,7 @@ def test_rows_may_be_added_to_results_but_not_described_otherwise(tmp_path):
     call = _parts.Call("trial", "one", None, None, (1,), tmp_path, tmp_path, Console())
 
     def seeds(new: dict[str, Any]) -> tuple[int, ...]:
-        return call.held("", new, "recipes").seeds
+        return call.held("", new, ("recipes",)).seeds
 
     assert seeds(settings(small=2)) == seeds(settings(small=2, tiny=4)) == (1,)
     assert seeds(settings(small=3)) == () and seeds(settings(small=2) | {"skill": 0.75}) == ()

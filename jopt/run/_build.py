@@ -13,7 +13,7 @@ import jax
 
 from jopt._compiling import SWITCH, Unavailable, compiled, library
 
-TARGETS = ("int8", "int4", "signs", "binary", "sparse", "depthwise")
+TARGETS = ("int8", "int4", "signs", "binary", "sparse", "floats", "convolution", "depthwise")
 _MAIN = Path(__file__).parent / "native" / "bindings.cc"
 _OFF = ("0", "codec")
 

@@ -23,6 +23,9 @@ PLAIN = "XLA, convolution"
 _PATCH = 160  # elements of a patch up to which patches are tried: beyond, copies cost too much
 
 
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
 class Shapes(NamedTuple):
     """A convolution of channels last: what decides how it is computed.
 
@@ -41,12 +44,15 @@ class Shapes(NamedTuple):
         """Return whether each channel has one output, of its own, in two dimensions."""
         channels = self.x[-1]
         alone = self.window.feature_group_count == channels and self.kernel[-1] == channels
-        cut = any(low < 0 or high < 0 for low, high in self.window.padding)
-        return alone and len(self.window.size) == 2 and not cut and not self._is_dilated
+        return alone and self.is_plain
 
     @property
-    def _is_dilated(self) -> bool:
-        return any(step != 1 for step in self.window.input_dilation + self.window.kernel_dilation)
+    def is_plain(self) -> bool:
+        """Return whether it has two dimensions, and neither dilation nor negative padding."""
+        window = self.window
+        cut = any(low < 0 or high < 0 for low, high in window.padding)
+        dilated = any(step != 1 for step in window.input_dilation + window.kernel_dilation)
+        return len(window.size) == 2 and not cut and not dilated
 
 
 def channels_last(window: Window) -> bool:
@@ -81,14 +87,34 @@ def plain(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def pointwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def seen(x: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+    """Return the elements that a window of one element sees, channels last."""
+    if all(step == 1 for step in strides):
+        return x
+    return x[(slice(None), *(slice(None, None, step) for step in strides))]
+
+
+def _by_matrix(product: Product, shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply every element's channels by one matrix."""
-    strides = shapes.window.strides
-    if any(step > 1 for step in strides):
-        x = x[(slice(None), *(slice(None, None, step) for step in strides))]
-    matrix = kernel.reshape(kernel.shape[-2:])
-    out = lax.dot_general(x.reshape(-1, x.shape[-1]), matrix, (((1,), (0,)), ((), ())))
-    return out.reshape(*x.shape[:-1], matrix.shape[-1])
+    x = seen(x, shapes.window.strides)
+    out = product(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[-2:]))
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+pointwise = partial(_by_matrix, jnp.dot)
+
+
+@jax.custom_jvp
+def _native_product(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    return _native.floats_product(rows, matrix)
+
+
+@_native_product.defjvp
+def _native_product_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _native_product(*primals), jax.jvp(jnp.dot, primals, tangents)[1]
+
+
+native_pointwise = partial(_by_matrix, _native_product)
 
 
 def by_patches(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -126,6 +152,18 @@ def _native_depthwise_jvp(shapes: Shapes, primals: Any, tangents: Any) -> tuple[
     return native_depthwise(shapes, *primals), tangent
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def native_convolution(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve by the native kernel; derivatives are those of XLA's convolution."""
+    return _native.convolution(x, kernel, shapes.window.strides, shapes.window.padding)
+
+
+@native_convolution.defjvp
+def _native_convolution_jvp(shapes: Shapes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    tangent = jax.jvp(partial(plain, shapes), primals, tangents)[1]
+    return native_convolution(shapes, *primals), tangent
+
+
 Way = Callable[[Shapes, jax.Array, jax.Array], jax.Array]
 
 
@@ -140,7 +178,12 @@ def ways_of(shapes: Shapes) -> dict[str, Way]:
             ways["native depthwise"] = native_depthwise
         ways["XLA, shifted multiply-adds"] = shifted
     elif is_product(shapes.window):
+        if native_here() is None:
+            ways["native product of matrices"] = native_pointwise
         ways["XLA, product of matrices"] = pointwise
-    elif groups == 1 and math.prod(shapes.kernel[:-1]) <= _PATCH:
-        return {PLAIN: plain, "XLA, product of patches": by_patches}
+    elif groups == 1:
+        if native_here() is None and shapes.is_plain:
+            ways["native convolution"] = native_convolution
+        if math.prod(shapes.kernel[:-1]) <= _PATCH:
+            return ways | {PLAIN: plain, "XLA, product of patches": by_patches}
     return ways | {PLAIN: plain}

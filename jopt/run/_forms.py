@@ -25,7 +25,7 @@ from jopt.run._matrices import (
 )
 
 Product = Callable[[Any, jax.Array], jax.Array]
-LONGEST = 1 << 17  # inputs: sums of products of int8 stay within int32
+LONGEST = 1 << 16  # inputs: sums of products of bytes stay within int32
 FLOATS = "XLA, floats"
 
 
@@ -203,7 +203,7 @@ def native_here() -> str | None:
 def _native_forms(matrix: Matrix, rounded: bool) -> list[Form]:
     if isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1:
         if rounded:
-            return [Form("native int8 x int8", partial(_native_int8, rounded=True), 64)]
+            return [Form("native int8 x int8", partial(_native_int8, rounded=True))]
         return [Form("native int8 x float", partial(_native_int8, rounded=False), 16)]
     if isinstance(matrix, Int4Matrix):
         kind = "int4" if matrix.table is None else "codebook"

@@ -88,22 +88,43 @@ def sparse_product(
     return _call("sparse", (x.shape[0], starts.shape[0] - 1), x, values, columns, starts)
 
 
+def floats_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiply by floats; the kernel is `(inputs, outputs)`."""
+    return _call("floats", (x.shape[0], kernel.shape[1]), x, kernel)
+
+
+def convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> jax.Array:
+    """Convolve all channels.
+
+    Args:
+      x: float32, `(images, height, width, channels)`.
+      kernel: `(rows, columns, channels, outputs)`.
+      strides: along height and width.
+      padding: before and after, along height and width; none is negative.
+    """
+    return _windows("convolution", x, kernel, kernel.shape[3], strides, padding)
+
+
 def depthwise(
     x: jax.Array,
     kernel: jax.Array,
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> jax.Array:
-    """Convolve every channel by itself.
+    """Convolve every channel by itself, as `convolution`; the kernel is (rows, columns, channels)."""
+    return _windows("depthwise", x, kernel, kernel.shape[2], strides, padding)
 
-    Args:
-      x: float32, `(images, height, width, channels)`.
-      kernel: `(rows, columns, channels)`.
-      strides: along height and width.
-      padding: before and after, along height and width; none is negative.
-    """
+
+def _windows(
+    target: str, x: jax.Array, kernel: jax.Array, outputs: int, strides: Any, padding: Any
+) -> jax.Array:
     ends = zip(x.shape[1:3], padding, kernel.shape[:2], strides, strict=True)
     sizes = [max(0, (size + sum(pad) - length) // step + 1) for size, pad, length, step in ends]
     before = np.array([padding[0][0], padding[1][0]], np.int64)
-    shape = (x.shape[0], *sizes, x.shape[3])
-    return _call("depthwise", shape, x, kernel, strides=np.array(strides, np.int64), padding=before)
+    shape = (x.shape[0], *sizes, outputs)
+    return _call(target, shape, x, kernel, strides=np.array(strides, np.int64), padding=before)

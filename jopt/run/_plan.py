@@ -152,8 +152,7 @@ def _dot(use: Use, equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded:
 def _conv(equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded: bool) -> Any:
     """Multiply the channels of every element that a window of one element sees."""
     out = _aval_of(equation)
-    strides = equation.params["window_strides"]
-    taken = x[(slice(None), *(slice(None, None, step) for step in strides))]
+    taken = _convolutions.seen(x, equation.params["window_strides"])
     values, name = multiply(leaf, taken.reshape(-1, taken.shape[-1]), rounded)
     return values.reshape(out.shape).astype(out.dtype), name
 

@@ -16,7 +16,7 @@ using Dims = ffi::AnyBuffer::Dimensions;
 using Index = std::vector<int64_t>;
 using Out = ffi::Result<ffi::Buffer<ffi::F32>>;
 
-constexpr int64_t kLongest = int64_t{1} << 20;  // inputs: sums of int8 products stay within int32
+constexpr int64_t kLongest = int64_t{1} << 16;  // inputs: sums of 255 times 127 stay within int32
 
 // An array whose last `core` axes are one product's, and whose others run over a batch.
 struct Operand {
@@ -104,7 +104,7 @@ T* at(const Operand& operand, const Index& index) {
 
 ffi::Error product(const Operand& x, int64_t inputs, int64_t outputs, const Operand& y) {
   if (x[1] != inputs) return wrong("x", "have as many inputs as the weights");
-  if (inputs > kLongest) return wrong("weights", "have at most 2^20 inputs");
+  if (inputs > kLongest) return wrong("weights", "have at most 2^16 inputs");
   if (y[0] != x[0] || y[1] != outputs) return wrong("the result", "be (rows, outputs)");
   return ffi::Error::Success();
 }
@@ -242,32 +242,73 @@ ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
   return ffi::Error::Success();
 }
 
-ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                     ffi::Buffer<ffi::F32> kernel_, Out y_,
-                     ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding) {
-  const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 3),
-                y = operand("y", *y_, 4);
+// By floats, as XLA's own products; the kernel is (inputs, outputs).
+ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
+                   ffi::Buffer<ffi::F32> kernel_, Out y_) {
+  const Operand x = operand("x", x_, 2), kernel = operand("kernel", kernel_, 2),
+                y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  if (x[1] != kernel[0]) return wrong("x", "have as many inputs as the weights");
+  if (y[0] != x[0] || y[1] != kernel[1]) return wrong("the result", "be (rows, outputs)");
+  Pool pool{threads};
+  over_batch(x, {kernel}, y, [&](const Index& index, int64_t rows) {
+    const FloatWeights w{at<float>(kernel, index), kernel[1]};
+    run_floats(pool, at<float>(x, index), rows, kernel[0], w, at<float>(y, index));
+  });
+  return ffi::Error::Success();
+}
+
+// Calls run(index, window) for each image of the leading axes, where the shapes fit.
+template <class Run>
+ffi::Error over_windows(const Operand& x, const Operand& kernel, const Operand& y,
+                        ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding,
+                        const Run& run) {
   JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
   if (strides.size() != 2 || strides[0] < 1 || strides[1] < 1)
     return wrong("strides", "be two numbers, at least 1");
   if (padding.size() != 2 || padding[0] < 0 || padding[1] < 0)
     return wrong("padding", "be two numbers, at least 0");
-  if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels)");
-  if (y[0] != x[0] || y[3] != x[3]) return wrong("the result", "have x's batch and channels");
-  Pool pool{threads};
-  const Index start(y.lead(), 0);
-  Index index = start;
+  if (y[0] != x[0]) return wrong("the result", "have x's batch");
+  Index index(y.lead(), 0);
   for (int64_t count = y.batch(); count > 0; --count) {
-    const Window window{x[0],       x[1],       x[2],       x[3],       kernel[0], kernel[1],
-                        strides[0], strides[1], padding[0], padding[1], y[1],      y[2]};
-    run_depthwise(pool, at<float>(x, index), at<float>(kernel, index),
-                  window, at<float>(y, index));
+    run(index, Window{x[0],       x[1],       x[2],       x[3],       kernel[0], kernel[1],
+                      strides[0], strides[1], padding[0], padding[1], y[1],      y[2]});
     for (size_t axis = y.lead(); axis-- > 0;) {
       if (++index[axis] < y.dims[axis]) break;
       index[axis] = 0;
     }
   }
   return ffi::Error::Success();
+}
+
+ffi::Error Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
+                       ffi::Buffer<ffi::F32> kernel_, Out y_, ffi::Span<const int64_t> strides,
+                       ffi::Span<const int64_t> padding) {
+  const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 4),
+                y = operand("y", *y_, 4);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels, outputs)");
+  if (y[3] != kernel[3]) return wrong("the result", "have the kernel's outputs");
+  Pool pool{threads};
+  return over_windows(x, kernel, y, strides, padding, [&](const Index& index, Window window) {
+    const FloatWeights w{at<float>(kernel, index), kernel[3]};
+    run_convolution(pool, at<float>(x, index), w, window, at<float>(y, index));
+  });
+}
+
+ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
+                     ffi::Buffer<ffi::F32> kernel_, Out y_, ffi::Span<const int64_t> strides,
+                     ffi::Span<const int64_t> padding) {
+  const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 3),
+                y = operand("y", *y_, 4);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels)");
+  if (y[3] != x[3]) return wrong("the result", "have x's channels");
+  Pool pool{threads};
+  return over_windows(x, kernel, y, strides, padding, [&](const Index& index, Window window) {
+    run_depthwise(pool, at<float>(x, index), at<float>(kernel, index), window,
+                  at<float>(y, index));
+  });
 }
 
 }  // namespace
@@ -308,6 +349,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptSparse, jopt::Sparse,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptFloats, jopt::Product,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptConvolution, jopt::Convolution,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<ffi::Span<const int64_t>>("strides")
+                                  .Attr<ffi::Span<const int64_t>>("padding"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptDepthwise, jopt::Depthwise,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -18,12 +18,14 @@
 #define JOPT_INLINE static inline __attribute__((always_inline))
 #define JOPT_INLINE_MEMBER inline __attribute__((always_inline))
 #define JOPT_UNROLL _Pragma("GCC unroll 16")
+#define JOPT_UNROLL_LONG _Pragma("GCC unroll 32")
 
 namespace jopt {
 
 constexpr int64_t kBytes = 32;  // a step over int8 codes, in every instruction set
 constexpr int64_t kFloats = 8;  // a step over floats
 constexpr int64_t kPair = 64;   // 4-bit codes in a step over 32 packed bytes
+constexpr int64_t kPanel = 16;  // outputs that are packed side by side for many rows
 
 JOPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 JOPT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -38,7 +40,7 @@ struct Range {
 struct Codes8 {
   const int8_t* codes;
   const double* scale;  // one a row; NaN for a row that is not finite
-  const double* total;  // the sum of each row's codes, where weights have zero points
+  const int32_t* total;  // the sum of each row's codes, or null where nothing needs it
   int64_t rows, inputs, stride;
 };
 
@@ -72,6 +74,11 @@ struct Int4Weights {
 struct GroupSums {
   const int32_t* offset;  // (rows, groups, 8): -8 times the sum of a group, spread over lanes
   const float* sum;       // (rows, groups)
+};
+
+struct FloatWeights {
+  const float* kernel;  // (inputs, outputs)
+  int64_t outputs;
 };
 
 struct BitWeights {

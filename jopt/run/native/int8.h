@@ -4,7 +4,8 @@
 namespace jopt {
 
 // A sum of codes times activations, less what the zero point of the output adds to it.
-JOPT_INLINE double less_zero(const double* total, const float* zero, int64_t m, int64_t n,
+template <class Total>
+JOPT_INLINE double less_zero(const Total* total, const float* zero, int64_t m, int64_t n,
                              double sum) {
   return zero ? sum - (double)zero[n] * total[m] : sum;
 }
@@ -22,25 +23,36 @@ JOPT_INLINE void int8_tile(const Codes8& x, const Int8Weights& w, int64_t n, int
   }
   JOPT_UNROLL for (int t = 0; t < T; ++t) in[t] = x.codes + (m + t) * x.stride;
   for (int64_t k = 0; k < whole; k += kBytes) {
+    B each[T];
+    JOPT_UNROLL for (int t = 0; t < T; ++t) each[t] = b_load(in[t] + k);
     JOPT_UNROLL for (int r = 0; r < R; ++r) {
       prefetch(codes[r] + k + 2 * R * x.inputs);
-      const B block = b_load(codes[r] + k);
-      JOPT_UNROLL for (int t = 0; t < T; ++t) sum[r][t] = dot8(sum[r][t], block, b_load(in[t] + k));
+      const B block = b_shifted(b_load(codes[r] + k));
+      JOPT_UNROLL for (int t = 0; t < T; ++t) sum[r][t] = dot_shifted(sum[r][t], block, each[t]);
     }
   }
   if (whole < x.inputs) {
     JOPT_UNROLL for (int r = 0; r < R; ++r) {
       int8_t tail[kBytes] = {0};
       std::memcpy(tail, codes[r] + whole, x.inputs - whole);
-      const B block = b_load(tail);
+      const B block = b_shifted(b_load(tail));
       JOPT_UNROLL for (int t = 0; t < T; ++t)
-        sum[r][t] = dot8(sum[r][t], block, b_load(in[t] + whole));
+        sum[r][t] = dot_shifted(sum[r][t], block, b_load(in[t] + whole));
     }
   }
-  JOPT_UNROLL for (int r = 0; r < R; ++r) JOPT_UNROLL for (int t = 0; t < T; ++t)
+  int32_t sums[R][T];
+  if constexpr (R == 4 && T == 1) {
+    i_sum4(&sum[0][0], &sums[0][0]);
+  } else {
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) sums[r][t] = i_sum(sum[r][t]);
+  }
+  JOPT_UNROLL for (int r = 0; r < R; ++r) JOPT_UNROLL for (int t = 0; t < T; ++t) {
+    const int32_t exact = sums[r][t] - (kShift ? kShift * x.total[m + t] : 0);
     y[(m + t) * w.outputs + n + r] =
         (float)(x.scale[m + t] * ((double)w.scale[n + r] *
-                                  less_zero(x.total, w.zero, m + t, n + r, i_sum(sum[r][t]))));
+                                  less_zero(x.total, w.zero, m + t, n + r, exact)));
+  }
 }
 
 template <int R>

@@ -17,6 +17,7 @@
 #include "int8.h"
 #include "int4.h"
 #include "codebook.h"
+#include "panels.h"
 #include "binary.h"
 #include "sparse.h"
 #include "depthwise.h"

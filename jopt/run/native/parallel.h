@@ -48,17 +48,35 @@ void parallel_for(Pool& pool, int64_t chunks, const Body& body) {
   loop->finished.wait(lock, [&] { return loop->done.load() == chunks; });
 }
 
-// Calls body(range) over ranges of outputs, in one piece where there is little work: fewer products
-// than a thread is woken for.
+constexpr int64_t kWorthwhile = 200000;  // products that a thread is woken for
+
+// Calls body(range) over ranges of outputs, in one piece where there is little work.
 template <class Pool, class Body>
 void over_ranges(Pool& pool, int64_t outputs, int64_t grain, int64_t work, const Body& body) {
-  constexpr int64_t kWorthwhile = 200000;
   if (outputs <= 0) return;
   const int64_t parts = work < kWorthwhile ? 1 : 4 * pool.num_threads();
   const int64_t step = round_up((outputs + parts - 1) / (parts < 1 ? 1 : parts), grain);
   if (parts <= 1 || step >= outputs) return body(Range{0, outputs});
   parallel_for(pool, (outputs + step - 1) / step, [&](int64_t chunk) {
     body(Range{chunk * step, least((chunk + 1) * step, outputs)});
+  });
+}
+
+// Calls body(rows, outputs) over blocks of both: outputs by whole panels, and rows too where those are
+// too few to go round. Every block packs its panels anew, so that it has at least `many` rows.
+template <class Pool, class Body>
+void over_blocks(Pool& pool, int64_t rows, int64_t many, int64_t outputs, int64_t work,
+                 const Body& body) {
+  if (rows <= 0 || outputs <= 0) return;
+  const int64_t parts = work < kWorthwhile ? 1 : 4 * pool.num_threads();
+  const int64_t panels = (outputs + kPanel - 1) / kPanel;
+  const int64_t wide = (panels < parts ? 1 : panels / parts) * kPanel;
+  const int64_t down = least((parts + panels - 1) / panels, rows / many + 1);
+  const int64_t high = (rows + down - 1) / down;
+  const int64_t columns = (outputs + wide - 1) / wide, chunks = columns * ((rows + high - 1) / high);
+  parallel_for(pool, chunks, [&](int64_t chunk) {
+    const int64_t n = chunk % columns * wide, m = chunk / columns * high;
+    body(Range{m, least(m + high, rows)}, Range{n, least(n + wide, outputs)});
   });
 }
 

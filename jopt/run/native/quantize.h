@@ -9,13 +9,12 @@ static double quantize(const float* x, int64_t inputs, int64_t stride, const flo
                        int8_t* codes) {
   const int64_t whole = inputs / kBytes * kBytes;
   float tail[kBytes] = {0};
-  for (int64_t i = whole; i < inputs; ++i) tail[i - whole] = x[i];
+  if (whole < inputs) std::memcpy(tail, x + whole, (inputs - whole) * sizeof(float));
   I most = i_zero();
   for (int64_t i = 0; i < whole; i += kFloats) most = i_magnitudes(most, f_load(x + i));
-  for (int64_t i = 0; i < kBytes; i += kFloats) most = i_magnitudes(most, f_load(tail + i));
-  int32_t lanes[8], bits = 0;
-  i_store(lanes, most);
-  for (int32_t lane : lanes) bits = lane > bits ? lane : bits;
+  for (int64_t i = 0; i < inputs - whole; i += kFloats)
+    most = i_magnitudes(most, f_load(tail + i));
+  const int32_t bits = i_most(most);
   float largest;
   std::memcpy(&largest, &bits, 4);
   float scale = fixed ? *fixed : largest / 127.0f;
@@ -29,6 +28,16 @@ static double quantize(const float* x, int64_t inputs, int64_t stride, const flo
   if (whole < stride) std::memset(codes + whole, 0, stride - whole);
   if (whole < inputs) b_round(codes + whole, tail, scale);
   return scale;
+}
+
+// The sum of the codes of one row.
+static int32_t sum_codes(const int8_t* codes, int64_t stride) {
+  int8_t ones[kBytes];
+  std::memset(ones, 1, kBytes);
+  const B one = b_load(ones);
+  I sum = i_zero();
+  for (int64_t i = 0; i < stride; i += kBytes) sum = dot8(sum, one, b_load(codes + i));
+  return i_sum(sum);
 }
 
 // -8 times the sum of each group of one row, over 8 lanes, and the sum itself.

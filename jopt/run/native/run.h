@@ -19,13 +19,12 @@ struct Rounded {
   std::unique_ptr<double[]> scale;
   std::unique_ptr<int32_t[]> offset;
   std::unique_ptr<float[]> sum;
-  std::unique_ptr<double[]> total;
+  std::unique_ptr<int32_t[]> total;
   Codes8 view;
   GroupSums sums{nullptr, nullptr};
 };
 
-template <class T>
-double total_of(const T* values, int64_t count) {
+inline double total_of(const float* values, int64_t count) {
   double total = 0;
   for (int64_t i = 0; i < count; ++i) total += values[i];
   return total;
@@ -38,7 +37,7 @@ Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs,
   const int64_t stride = round_up(inputs, kPair);
   out.codes = scratch<int8_t>(rows * stride);
   out.scale = scratch<double>(rows);
-  if (totals) out.total = scratch<double>(rows);
+  if (totals) out.total = scratch<int32_t>(rows);
   if (groups) {
     out.offset = scratch<int32_t>(rows * groups->groups * 8);
     out.sum = scratch<float>(rows * groups->groups);
@@ -46,7 +45,7 @@ Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs,
   over_ranges(pool, rows, 1, rows * inputs, [&](Range range) {
     for (int64_t m = range.begin; m < range.end; ++m) {
       out.scale[m] = quantize(x + m * inputs, inputs, stride, fixed, &out.codes[m * stride]);
-      if (totals) out.total[m] = total_of(&out.codes[m * stride], inputs);
+      if (totals) out.total[m] = sum_codes(&out.codes[m * stride], stride);
       if (groups)
         group_sums(&out.codes[m * stride], stride, groups->group, groups->groups,
                      &out.offset[m * groups->groups * 8], &out.sum[m * groups->groups]);
@@ -95,10 +94,21 @@ inline Padded transposed(const float* x, int64_t rows, int64_t inputs) {
   return out;
 }
 
+// Rows of floats as they are, for panels.
+inline Floats unpadded(const float* x, int64_t rows, int64_t inputs) {
+  return {x, nullptr, rows, inputs, inputs};
+}
+
+constexpr int64_t kManyFloatRows = 16;  // from which on panels of floats pay
+constexpr int64_t kRowsOfBlock = 64;   // for which packing panels anew takes little time
+
 template <class Pool>
 void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs,
               const float* fixed, const Int8Weights& w, float* y) {
-  const Rounded in = rounded(pool, x, rows, inputs, fixed, nullptr, w.zero);
+  const Rounded in = rounded(pool, x, rows, inputs, fixed, nullptr, w.zero || kShift);
+  if (rows >= kManyRows)
+    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
+                       [&](Range m, Range n) { int8_panels(in.view, w, m, n, y); });
   over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
               [&](Range range) { int8(in.view, w, range, y); });
 }
@@ -106,9 +116,15 @@ void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs,
 template <class Pool>
 void run_int8_float(Pool& pool, const float* x, int64_t rows, int64_t inputs,
                     const Int8Weights& w, float* y) {
-  Padded in = padded(x, rows, inputs);
   const auto total = scratch<double>(w.zero ? rows : 0);
   for (int64_t m = 0; w.zero && m < rows; ++m) total[m] = total_of(x + m * inputs, inputs);
+  if (rows >= kManyFloatRows) {
+    Floats in = unpadded(x, rows, inputs);
+    in.total = total.get();
+    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
+                       [&](Range m, Range n) { int8_float_panels(in, w, m, n, y); });
+  }
+  Padded in = padded(x, rows, inputs);
   in.view.total = total.get();
   over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
               [&](Range range) { int8_float(in.view, w, range, y); });
@@ -119,6 +135,11 @@ template <class Pool>
 void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs,
               const Int4Weights& w, float* y) {
   const Rounded in = rounded(pool, x, rows, inputs, nullptr, &w, false);
+  if (rows >= kManyRows) {
+    auto kernel = w.table ? codebook8_panels : int4_panels;
+    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
+                       [&](Range m, Range n) { kernel(in.view, in.sums, w, m, n, y); });
+  }
   auto kernel = w.table ? codebook8 : int4;
   over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
               [&](Range range) { kernel(in.view, in.sums, w, range, y); });
@@ -127,9 +148,22 @@ void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs,
 template <class Pool>
 void run_codebook(Pool& pool, const float* x, int64_t rows, int64_t inputs,
                   const Int4Weights& w, float* y) {
+  if (rows >= 2 * kManyFloatRows) {  // entries take longer to look up than codes to widen
+    const Floats in = unpadded(x, rows, inputs);
+    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
+                       [&](Range m, Range n) { codebook_panels(in, w, m, n, y); });
+  }
   const Padded in = padded(x, rows, inputs);
   over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
               [&](Range range) { codebook(in.view, w, range, y); });
+}
+
+template <class Pool>
+void run_floats(Pool& pool, const float* x, int64_t rows, int64_t inputs, const FloatWeights& w,
+                float* y) {
+  const Floats in = unpadded(x, rows, inputs);
+  over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
+              [&](Range m, Range n) { float_panels(in, w, m, n, y); });
 }
 
 // The signs of rows of floats as bits, 1 where x >= 0; `width` bytes a row.
@@ -179,6 +213,44 @@ bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs,
     if (!sparse(in.view, w, range, y)) right = false;
   });
   return right;
+}
+
+// The image with its edges, or as it is where it has none: what `s` says of it becomes true of that.
+template <class Pool>
+Padded with_edges(Pool& pool, const float* x, Window& s) {
+  Padded out;
+  const int64_t height = (s.out_rows - 1) * s.stride_rows + s.rows;
+  const int64_t width = (s.out_columns - 1) * s.stride_columns + s.columns;
+  out.view.data = x;
+  if (!s.top && !s.left && height <= s.height && width <= s.width) return out;
+  const int64_t line = width * s.channels, from = least(s.left, width);
+  const int64_t count = least(s.width, width - from) * s.channels;
+  out.data = scratch<float>(s.batch * height * line);
+  over_ranges(pool, s.batch * height, 1, s.batch * height * line, [&](Range range) {
+    for (int64_t at = range.begin; at < range.end; ++at) {
+      const int64_t row = at % height - s.top;
+      float* to = &out.data[at * line];
+      std::memset(to, 0, line * sizeof(float));
+      if (row < 0 || row >= s.height) continue;
+      const float* image = x + at / height * s.height * s.width * s.channels;
+      std::memcpy(to + from * s.channels, image + row * s.width * s.channels, count * sizeof(float));
+    }
+  });
+  out.view.data = out.data.get();
+  s.height = height;
+  s.width = width;
+  return out;
+}
+
+template <class Pool>
+void run_convolution(Pool& pool, const float* x, const FloatWeights& w, Window s, float* y) {
+  const int64_t rows = s.batch * s.out_rows;
+  if (rows <= 0 || s.out_columns <= 0) return;
+  const Padded in = with_edges(pool, x, s);
+  const int64_t work = rows * s.out_columns * s.rows * s.columns * s.channels * w.outputs;
+  const int64_t many = kRowsOfBlock / s.out_columns + 1;
+  over_blocks(pool, rows, many, w.outputs, work,
+              [&](Range m, Range n) { convolution(in.view.data, w, s, m, n, y); });
 }
 
 template <class Pool>

@@ -11,6 +11,12 @@ using C = __m256i;  // 4 counters
 JOPT_INLINE F f_zero() { return _mm256_setzero_ps(); }
 JOPT_INLINE F f_set(float v) { return _mm256_set1_ps(v); }
 JOPT_INLINE F f_load(const float* p) { return _mm256_loadu_ps(p); }
+// Loads into a register: compilers would rather load again for each use.
+JOPT_INLINE F f_load_once(const float* p) {
+  F v = f_load(p);
+  asm("" : "+x"(v));
+  return v;
+}
 JOPT_INLINE void f_store(float* p, F v) { _mm256_storeu_ps(p, v); }
 JOPT_INLINE F f_add(F a, F b) { return _mm256_add_ps(a, b); }
 JOPT_INLINE F f_mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -20,8 +26,14 @@ JOPT_INLINE float f_sum(F v) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+// The sums of four vectors.
+JOPT_INLINE void f_sum4(const F* v, float* out) {
+  F all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 
 JOPT_INLINE B b_load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+JOPT_INLINE B f_bytes(F v) { return _mm256_castps_si256(v); }
 JOPT_INLINE void b_store(void* p, B v) { _mm256_storeu_si256((__m256i*)p, v); }
 JOPT_INLINE B b_none() { return _mm256_setzero_si256(); }
 JOPT_INLINE B b_low(B v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
@@ -33,19 +45,48 @@ JOPT_INLINE B b_table(const int8_t* entries) {
 }
 JOPT_INLINE B b_lookup(B table, B index) { return _mm256_shuffle_epi8(table, index); }
 
+JOPT_INLINE B b_spread(const void* word) {
+  int32_t four;
+  std::memcpy(&four, word, 4);
+  return _mm256_set1_epi32(four);
+}
+// Eight vectors of eight words: those of one place go into one vector.
+JOPT_INLINE void b_transpose(B* rows) {
+  __m256i pairs[8], fours[8];
+  JOPT_UNROLL for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  JOPT_UNROLL for (int i = 0; i < 8; i += 4) {
+    JOPT_UNROLL for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  }
+  JOPT_UNROLL for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+  }
+}
+
 JOPT_INLINE B b_larger(B a, B b, uint16_t) { return _mm256_max_epu16(a, b); }
 JOPT_INLINE B b_larger(B a, B b, uint32_t) { return _mm256_max_epu32(a, b); }
 
 JOPT_INLINE I i_zero() { return _mm256_setzero_si256(); }
+JOPT_INLINE I i_set(int32_t v) { return _mm256_set1_epi32(v); }
 JOPT_INLINE I i_load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 JOPT_INLINE void i_store(int32_t* p, I v) { _mm256_storeu_si256((__m256i*)p, v); }
 JOPT_INLINE I i_add(I a, I b) { return _mm256_add_epi32(a, b); }
 JOPT_INLINE F i_float(I v) { return _mm256_cvtepi32_ps(v); }
-JOPT_INLINE int64_t i_sum(I v) {
-  __m256i wide = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(v)),
-                                  _mm256_cvtepi32_epi64(_mm256_extracti128_si256(v, 1)));
-  __m128i half = _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-  return _mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1);
+JOPT_INLINE int32_t i_sum(I v) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+JOPT_INLINE void i_sum4(const I* v, int32_t* out) {
+  I all = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+  __m128i low = _mm256_castsi256_si128(all), high = _mm256_extracti128_si256(all, 1);
+  _mm_storeu_si128((__m128i*)out, _mm_add_epi32(low, high));
 }
 
 // The products of codes in [-128, 127] and activations in [-127, 127]. The magnitude of the code
@@ -59,6 +100,22 @@ JOPT_INLINE I dot8(I sum, B codes, B x) {
   return i_add(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
 }
+
+// The same with codes that are prepared: VNNI has them kShift higher, as bytes without a sign, so that
+// whoever sums takes away kShift times the sum of the activations.
+#ifdef JOPT_VNNI
+constexpr int32_t kShift = 128;
+constexpr int kInt8Rows = 8, kInt4Rows = 6;  // whose sums fit in registers, two vectors each
+constexpr int64_t kManyRows = 8;  // from which on packing panels pays
+JOPT_INLINE B b_shifted(B codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
+JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return _mm256_dpbusd_epi32(sum, codes, x); }
+#else
+constexpr int32_t kShift = 0;
+constexpr int kInt8Rows = 4, kInt4Rows = 2;
+constexpr int64_t kManyRows = 16;
+JOPT_INLINE B b_shifted(B codes) { return codes; }
+JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
+#endif
 
 // The products of two blocks of nibbles in [0, 15] and activations: 4 * 15 * 127 fits int16.
 JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
@@ -108,6 +165,13 @@ JOPT_INLINE C c_add(C sum, B counts) {
 JOPT_INLINE int64_t c_sum(C v) {
   __m128i half = _mm_add_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   return _mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1);
+}
+
+JOPT_INLINE int32_t i_most(I v) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+  return _mm_cvtsi128_si32(half);
 }
 
 // The bits of the largest magnitude: those of a NaN are above those of infinity.

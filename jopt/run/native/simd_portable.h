@@ -23,6 +23,7 @@ JOPT_INLINE F f_load(const float* p) {
   std::memcpy(out.v, p, sizeof out.v);
   return out;
 }
+JOPT_INLINE F f_load_once(const float* p) { return f_load(p); }
 JOPT_INLINE void f_store(float* p, F v) { std::memcpy(p, v.v, sizeof v.v); }
 JOPT_INLINE F f_add(F a, F b) {
   for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
@@ -40,12 +41,16 @@ JOPT_INLINE float f_sum(F v) {
   const float* p = v.v;
   return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
 }
+JOPT_INLINE void f_sum4(const F* v, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = f_sum(v[i]);
+}
 
 JOPT_INLINE B b_load(const void* p) {
   B out;
   std::memcpy(out.v, p, sizeof out.v);
   return out;
 }
+JOPT_INLINE B f_bytes(F v) { return b_load(v.v); }
 JOPT_INLINE void b_store(void* p, B v) { std::memcpy(p, v.v, sizeof v.v); }
 JOPT_INLINE B b_none() { return {}; }
 JOPT_INLINE B b_low(B v) {
@@ -67,6 +72,18 @@ JOPT_INLINE B b_lookup(B table, B index) {
   return index;
 }
 
+JOPT_INLINE B b_spread(const void* word) {
+  B out;
+  for (int i = 0; i < 32; i += 4) std::memcpy(out.v + i, word, 4);
+  return out;
+}
+JOPT_INLINE void b_transpose(B* rows) {
+  B from[8];
+  std::memcpy(from, rows, sizeof from);
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) std::memcpy(rows[j].v + 4 * i, from[i].v + 4 * j, 4);
+}
+
 template <class Word>
 JOPT_INLINE B b_larger(B a, B b, Word) {
   Word one[sizeof a.v / sizeof(Word)], other[sizeof a.v / sizeof(Word)];
@@ -78,6 +95,7 @@ JOPT_INLINE B b_larger(B a, B b, Word) {
 }
 
 JOPT_INLINE I i_zero() { return {{0, 0, 0, 0, 0, 0, 0, 0}}; }
+JOPT_INLINE I i_set(int32_t v) { return {{v, v, v, v, v, v, v, v}}; }
 JOPT_INLINE I i_load(const int32_t* p) {
   I out;
   std::memcpy(out.v, p, sizeof out.v);
@@ -93,18 +111,26 @@ JOPT_INLINE F i_float(I v) {
   for (int i = 0; i < 8; ++i) out.v[i] = (float)v.v[i];
   return out;
 }
-JOPT_INLINE int64_t i_sum(I v) {
-  int64_t sum = 0;
+JOPT_INLINE int32_t i_sum(I v) {
+  int32_t sum = 0;
   for (int i = 0; i < 8; ++i) sum += v.v[i];
   return sum;
+}
+JOPT_INLINE void i_sum4(const I* v, int32_t* out) {
+  for (int i = 0; i < 4; ++i) out[i] = i_sum(v[i]);
 }
 
 JOPT_INLINE I dot8(I sum, B codes, B x) {
   int16_t products[32];
   for (int i = 0; i < 32; ++i) products[i] = (int16_t)((int8_t)codes.v[i] * (int8_t)x.v[i]);
-  for (int i = 0; i < 32; ++i) sum.v[i % 8] += products[i];
+  for (int i = 0; i < 32; ++i) sum.v[i / 4] += products[i];
   return sum;
 }
+constexpr int32_t kShift = 0;
+constexpr int kInt8Rows = 4, kInt4Rows = 2;
+constexpr int64_t kManyRows = 16;
+JOPT_INLINE B b_shifted(B codes) { return codes; }
+JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
 JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
   return dot8(dot8(sum, low, x_low), high, x_high);
 }
@@ -155,6 +181,11 @@ JOPT_INLINE C c_add(C sum, B counts) {
 }
 JOPT_INLINE int64_t c_sum(C v) { return v.v; }
 
+JOPT_INLINE int32_t i_most(I v) {
+  int32_t most = v.v[0];
+  for (int i = 1; i < 8; ++i) most = v.v[i] > most ? v.v[i] : most;
+  return most;
+}
 JOPT_INLINE I i_magnitudes(I most, F x) {
   for (int i = 0; i < 8; ++i) {
     int32_t bits;
