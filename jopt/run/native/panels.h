@@ -7,8 +7,8 @@ namespace jopt {
 constexpr int64_t kWord = 4;  // bytes of an output that lie together: a float, or four codes
 constexpr int kFloatRows = 6;  // rows whose sums of floats fit in registers, two vectors each
 
-// Weights of one panel: (inputs / 4, 16, 4) codes or (inputs, 16) floats. Of the 16 outputs `count`
-// are in truth; scales and zero points of the others are 0.
+// Weights of one panel: (inputs / 4, 16, 4) codes, or (inputs, 16) floats or codes. Of the 16 outputs
+// `count` are in truth; scales and zero points of the others are 0.
 struct Panel {
   int64_t first, count;
   std::unique_ptr<uint8_t[]> weights;
@@ -36,19 +36,6 @@ struct Int8Codes {
     int8_t codes[kStep] = {0};
     if (n < w.outputs) std::memcpy(codes, at(n, k), least(kStep, inputs - k));
     return b_shifted(b_load(codes));
-  }
-};
-
-struct Int8Floats {
-  static constexpr int64_t kStep = kFloats;
-  const Int8Weights& w;
-  int64_t inputs;
-  JOPT_INLINE_MEMBER const int8_t* at(int64_t n, int64_t k) const { return w.codes + n * inputs + k; }
-  JOPT_INLINE_MEMBER B whole(int64_t n, int64_t k) const { return f_bytes(widen8(at(n, k))); }
-  JOPT_INLINE_MEMBER B edge(int64_t n, int64_t k) const {
-    int8_t codes[kStep] = {0};
-    if (n < w.outputs) std::memcpy(codes, at(n, k), least(kStep, inputs - k));
-    return f_bytes(widen8(codes));
   }
 };
 
@@ -116,10 +103,32 @@ JOPT_INLINE void pack(const Source& from, int64_t inputs, Panel& panel) {
   }
 }
 
-template <class Source>
-static Panel int8_pack(const Source& from, const Int8Weights& w, int64_t inputs, int64_t first) {
-  Panel panel(first, w.outputs, round_up(inputs, Source::kStep) * 8 / Source::kStep);
-  pack(from, inputs, panel);
+// Packs codes as they are, input by input.
+static void pack_columns(const Int8Weights& w, int64_t inputs, Panel& panel) {
+  uint8_t* to = panel.weights.get();
+  for (int64_t k = 0; k < inputs; k += kBytes, to += kBytes * kPanel) {
+    const int8_t* from = w.codes + panel.first * inputs + k;
+    B rows[kPanel];
+    if (panel.count == kPanel && k + kBytes <= inputs) {
+      JOPT_UNROLL for (int n = 0; n < kPanel; ++n) rows[n] = b_load(from + n * inputs);
+    } else {
+      for (int64_t n = 0; n < kPanel; ++n) {
+        int8_t codes[kBytes] = {0};
+        if (n < panel.count) std::memcpy(codes, from + n * inputs, least(kBytes, inputs - k));
+        rows[n] = b_load(codes);
+      }
+    }
+    b_columns(rows, to);
+  }
+}
+
+// In words as dot_shifted takes them, or by columns.
+static Panel int8_pack(const Int8Weights& w, int64_t inputs, int64_t first, bool columns) {
+  Panel panel(first, w.outputs, round_up(inputs, kBytes) / kWord);
+  if (columns)
+    pack_columns(w, inputs, panel);
+  else
+    pack(Int8Codes{w, inputs}, inputs, panel);
   std::memcpy(panel.scale, w.scale + first, panel.count * sizeof(float));
   if (w.zero) std::memcpy(panel.zero, w.zero + first, panel.count * sizeof(float));
   return panel;
@@ -303,6 +312,11 @@ struct Runs {
   int64_t runs, length, jump;
 };
 
+// `Weight` is float, or int8_t for codes that are widened as they are read.
+JOPT_INLINE F widened(const float* p) { return f_load(p); }
+JOPT_INLINE F widened(const int8_t* p) { return widen8(p); }
+
+template <class Weight>
 struct FloatTile {
   const Runs& x;
   int64_t outputs;
@@ -312,7 +326,7 @@ struct FloatTile {
 
   template <int T, int V>
   JOPT_INLINE_MEMBER void run(int64_t m) const {
-    const float* weights = (const float*)panel.weights.get();
+    const Weight* weights = (const Weight*)panel.weights.get();
     const float* in[T];
     F sum[T][V];
     JOPT_UNROLL for (int t = 0; t < T; ++t) {
@@ -322,7 +336,7 @@ struct FloatTile {
     for (int64_t run = 0; run < x.runs; ++run) {
       for (int64_t k = 0; k < x.length; ++k, weights += kPanel) {
         F column[V];
-        JOPT_UNROLL for (int v = 0; v < V; ++v) column[v] = f_load(weights + v * kFloats);
+        JOPT_UNROLL for (int v = 0; v < V; ++v) column[v] = widened(weights + v * kFloats);
         JOPT_UNROLL for (int t = 0; t < T; ++t) {
           const F spread = f_set(in[t][k]);
           JOPT_UNROLL for (int v = 0; v < V; ++v) sum[t][v] = f_fma(column[v], spread, sum[t][v]);
@@ -363,7 +377,7 @@ JOPT_INLINE void over_rows(Range rows, const Tile& tile) {
 
 static void int8_panels(const Codes8& x, const Int8Weights& w, Range rows, Range outputs, float* y) {
   for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
-    const Panel panel = int8_pack(Int8Codes{w, x.inputs}, w, x.inputs, n);
+    const Panel panel = int8_pack(w, x.inputs, n, false);
     over_rows<kInt8Rows>(rows, Int8Tile{x, w, panel, y});
   }
 }
@@ -374,8 +388,9 @@ static void int8_float_panels(const Floats& x, const Int8Weights& w, Range rows,
                               float* y) {
   const Runs in = one_run(x);
   for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
-    const Panel panel = int8_pack(Int8Floats{w, x.inputs}, w, x.inputs, n);
-    over_rows<kFloatRows>(rows, FloatTile{in, w.outputs, w.zero ? x.total : nullptr, panel, y});
+    const Panel panel = int8_pack(w, x.inputs, n, true);
+    const double* total = w.zero ? x.total : nullptr;
+    over_rows<kFloatRows>(rows, FloatTile<int8_t>{in, w.outputs, total, panel, y});
   }
 }
 
@@ -409,7 +424,7 @@ static void codebook_panels(const Floats& x, const Int4Weights& w, Range rows, R
     Panel panel(n, w.outputs, round_up(x.inputs, kFloats));
     pack(FloatEntries{w}, round_up(x.inputs, kFloats), panel);
     for (float& scale : panel.scale) scale = 1.0f;
-    over_rows<kFloatRows>(rows, FloatTile{in, w.outputs, nullptr, panel, y});
+    over_rows<kFloatRows>(rows, FloatTile<float>{in, w.outputs, nullptr, panel, y});
   }
 }
 
@@ -418,7 +433,7 @@ static void float_panels(const Floats& x, const FloatWeights& w, Range rows, Ran
   const Runs in = one_run(x);
   for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
     const Panel panel = float_pack(w, x.inputs, n);
-    over_rows<kFloatRows>(rows, FloatTile{in, w.outputs, nullptr, panel, y});
+    over_rows<kFloatRows>(rows, FloatTile<float>{in, w.outputs, nullptr, panel, y});
   }
 }
 
@@ -433,7 +448,7 @@ static void convolution(const float* x, const FloatWeights& w, const Window& s, 
       const int64_t top = at / s.out_rows * s.height + at % s.out_rows * s.stride_rows;
       const Runs in{x + top * line, s.stride_columns * s.channels, s.rows, length, line};
       float* out = y + at * s.out_columns * w.outputs;
-      over_rows<kFloatRows>(Range{0, s.out_columns}, FloatTile{in, w.outputs, nullptr, panel, out});
+      over_rows<kFloatRows>(Range{0, s.out_columns}, FloatTile<float>{in, w.outputs, nullptr, panel, out});
     }
   }
 }

@@ -69,6 +69,24 @@ JOPT_INLINE void b_transpose(B* rows) {
   }
 }
 
+// Sixteen rows of 32 bytes: byte k of all of them goes to place k, 16 bytes each, 32 places.
+JOPT_INLINE void b_columns(const B* rows, uint8_t* to) {
+  B from[16], next[16];
+  JOPT_UNROLL for (int i = 0; i < 16; ++i) from[i] = rows[i];
+  // Each step brings bytes of rows that are 8, then 4, 2 and 1 apart side by side.
+  JOPT_UNROLL for (int step = 0; step < 4; ++step) {
+    JOPT_UNROLL for (int i = 0; i < 8; ++i) {
+      next[2 * i] = _mm256_unpacklo_epi8(from[i], from[i + 8]);
+      next[2 * i + 1] = _mm256_unpackhi_epi8(from[i], from[i + 8]);
+    }
+    JOPT_UNROLL for (int i = 0; i < 16; ++i) from[i] = next[i];
+  }
+  JOPT_UNROLL for (int i = 0; i < 16; ++i) {
+    _mm_storeu_si128((__m128i*)(to + 16 * i), _mm256_castsi256_si128(from[i]));
+    _mm_storeu_si128((__m128i*)(to + 16 * (i + 16)), _mm256_extracti128_si256(from[i], 1));
+  }
+}
+
 JOPT_INLINE B b_larger(B a, B b, uint16_t) { return _mm256_max_epu16(a, b); }
 JOPT_INLINE B b_larger(B a, B b, uint32_t) { return _mm256_max_epu32(a, b); }
 

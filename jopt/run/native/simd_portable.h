@@ -84,6 +84,11 @@ JOPT_INLINE void b_transpose(B* rows) {
     for (int j = 0; j < 8; ++j) std::memcpy(rows[j].v + 4 * i, from[i].v + 4 * j, 4);
 }
 
+JOPT_INLINE void b_columns(const B* rows, uint8_t* to) {
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 32; ++k) to[16 * k + i] = rows[i].v[k];
+}
+
 template <class Word>
 JOPT_INLINE B b_larger(B a, B b, Word) {
   Word one[sizeof a.v / sizeof(Word)], other[sizeof a.v / sizeof(Word)];
