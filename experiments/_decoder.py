@@ -105,7 +105,7 @@ class Decoder(nn.Module):
 
 
 def by_head(values: Array) -> Array:
-    """Turn (batch, tokens, heads, width of a head) into (batch * heads, tokens, width of a head)."""
+    """Turn (batch, tokens, heads, size) into (batch * heads, tokens, size)."""
     return values.swapaxes(1, 2).reshape(-1, values.shape[1], values.shape[3])
 
 

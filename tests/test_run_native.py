@@ -16,6 +16,7 @@ from jopt.run import _build, _forms, _native
 from tests.conftest import COMPILER
 from tests.test_run import MAKERS, _tree, apply, reference
 
+EDGES = ((0, 0), (0, 0))
 ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
@@ -69,11 +70,12 @@ def test_models_run_by_kernels_as_by_xla(native, name, activations):
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", [4, 40])  # by outputs, and by panels
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("name", ["affine8", "affine4 by 64", "nf4", "int2"])
-def test_kernels_sum_the_same_integers_as_xla(native, name, rounded):
+def test_kernels_sum_the_same_integers_as_xla(native, name, rounded, rows):
     kernel = jax.random.normal(jax.random.key(0), (192, 37))
-    x = jax.random.normal(jax.random.key(1), (4, 192)).at[2].set(0.0)
+    x = jax.random.normal(jax.random.key(1), (rows, 192)).at[2].set(0.0)
     linear = lambda params, x: x @ params["first"]  # noqa: E731
     matrix = run.prepare(linear, {"first": MAKERS[name](kernel)}, x)["first"]
     forms = _forms.forms_of(matrix, rounded)
@@ -83,6 +85,50 @@ def test_kernels_sum_the_same_integers_as_xla(native, name, rounded):
     for other in outputs[1:]:
         chex.assert_trees_all_close(outputs[0], other, rtol=1e-5, atol=1e-4)
     chex.assert_trees_all_equal(outputs[0][2], jnp.zeros(37))
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("fixed", [None, 1e30, 1e-30])
+def test_steps_and_scales_of_any_size_do_not_overflow_on_the_way(native, fixed, rows):
+    codes = jnp.full((3, 64), 100, jnp.int8)
+    scale = jnp.array([1e30, 1.0, 1e-30])
+    steps = jnp.array([1e30, 1.0, 1e-30]) if fixed is None else jnp.full(3, fixed)
+    x = jnp.resize(steps, rows)[:, None] * jnp.full((rows, 64), 127.0)
+    given = None if fixed is None else jnp.full(1, fixed)
+    outputs = _native.int8_product(x, codes, scale, None, given, rounded=True)
+    exact = np.asarray(x, np.float64) @ np.asarray(codes, np.float64).T * np.asarray(scale)
+    with np.errstate(over="ignore"):
+        expected = exact.astype(np.float32)
+    expected[np.abs(expected) < np.finfo(np.float32).tiny] = 0
+    kept = np.where(np.abs(outputs) < np.finfo(np.float32).tiny, 0, outputs)
+    np.testing.assert_allclose(kept, expected, rtol=1e-6)
+
+
+@needs_compiler
+def test_a_row_that_is_not_finite_has_no_finite_output(native):
+    x = jnp.ones((20, 70)).at[3, 5].set(jnp.nan).at[7, 0].set(jnp.inf)
+    codes, scale = jnp.ones((17, 70), jnp.int8), jnp.ones(17)
+    rounded = _native.int8_product(x, codes, scale, rounded=True)
+    assert np.isnan(rounded[jnp.array([3, 7])]).all()
+    kept = _native.int8_product(x, codes, scale, rounded=False)
+    assert not np.isfinite(kept[jnp.array([3, 7])]).any()
+    for outputs in (rounded, kept):
+        np.testing.assert_allclose(np.delete(np.asarray(outputs), [3, 7], 0), 70.0, rtol=1e-6)
+
+
+@needs_compiler
+def test_as_many_inputs_as_fit_are_summed_exactly_and_more_are_refused(native):
+    longest = _forms.LONGEST
+    x, codes = jnp.full((9, longest), 127.0), jnp.full((1, longest), -128, jnp.int8)
+    for rows in (1, 9):
+        outputs = _native.int8_product(x[:rows], codes, jnp.ones(1), rounded=True)
+        np.testing.assert_array_equal(outputs, np.float32(-127 * 128 * longest))
+    with pytest.raises(Exception, match=r"jopt: weights must have at most 2\^16 inputs"):
+        more = jnp.ones((1, longest + 1), jnp.int8)
+        jax.block_until_ready(
+            _native.int8_product(jnp.ones((1, longest + 1)), more, jnp.ones(1), rounded=True)
+        )
 
 
 @needs_compiler
@@ -119,6 +165,9 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
         lambda: _native.int4_product(x, packed, jnp.ones((5, 2)), group=48, rounded=True),
         lambda: _native.int4_product(x, packed, jnp.ones((5, 2)), group=64, rounded=False),
         lambda: _native.signs_product(x, packed[:, :8], scale),
+        lambda: _native.floats_product(x, jnp.ones((60, 5))),
+        lambda: _native.convolution(x.reshape(1, 2, 7, 10), jnp.ones((2, 2, 9, 4)), (1, 1), EDGES),
+        lambda: _native.depthwise(x.reshape(1, 2, 7, 10), jnp.ones((2, 2, 9)), (1, 1), EDGES),
         lambda: _native.sparse_product(
             x, jnp.ones(2), jnp.array([0, 70], jnp.uint16), jnp.array([0, 1, 2], jnp.int32)
         ),
@@ -166,19 +215,46 @@ def test_signs_by_signs_are_counted(kind, request):
         run.binary_product(jnp.ones((2, 300)), leaf)  # pyright: ignore[reportArgumentType]
 
 
+WINDOWS = {
+    "native depthwise": {"kernel_size": (3, 2), "strides": (2, 1), "feature_group_count": 6},
+    "native convolution": {"kernel_size": (3, 2), "strides": (2, 1)},
+    "native product of matrices": {"kernel_size": (1, 1), "strides": (2, 1)},
+}
+
+
 @needs_compiler
-def test_depthwise_convolutions_run_by_kernels_and_have_derivatives(native):
-    module = linen.Conv(6, (3, 2), (2, 1), feature_group_count=6, use_bias=False)
+@pytest.mark.parametrize("form", sorted(WINDOWS))
+def test_convolutions_run_by_kernels_and_have_derivatives(native, form):
+    module = linen.Conv(6, **WINDOWS[form], use_bias=False)
     x = jax.random.normal(jax.random.key(0), (2, 7, 9, 6))
     params = module.init(jax.random.key(1), x)
     fast = run.compressed(module.apply)
-    assert run.explain(module.apply, params, x).rows[0].form == "native depthwise"
+    assert run.explain(module.apply, params, x).rows[0].form == form
     chex.assert_trees_all_close(fast(params, x), module.apply(params, x), atol=1e-5)
 
     def slope(of):
         return jax.grad(lambda params, x: jnp.sin(of(params, x)).sum(), (0, 1))(params, x)
 
     chex.assert_trees_all_close(slope(fast), slope(module.apply), rtol=1e-4, atol=1e-4)
+    copies = jnp.stack([x, 2 * x])
+    expected = jax.vmap(module.apply, (None, 0))(params, copies)
+    chex.assert_trees_all_close(jax.vmap(fast, (None, 0))(params, copies), expected, atol=1e-5)
+    per_copy = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), params)
+    expected = jax.vmap(module.apply)(per_copy, copies)
+    chex.assert_trees_all_close(jax.vmap(fast)(per_copy, copies), expected, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "more", [{"kernel_dilation": 2}, {"padding": ((-1, 0), (0, -1))}, {"feature_group_count": 2}]
+)
+def test_convolutions_that_no_kernel_computes_are_left_to_xla(native, more):
+    module = linen.Conv(6, (3, 2), **more)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 9, 6))
+    params = module.init(jax.random.key(1), x)
+    assert not run.explain(module.apply, params, x).rows[0].form.startswith("native")
+    outputs = run.compressed(module.apply)(params, x)
+    chex.assert_trees_all_close(outputs, module.apply(params, x), atol=1e-5)
 
 
 def test_without_a_compiler_everything_runs_and_says_so(monkeypatch):

@@ -116,7 +116,7 @@ def depthwise(
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> jax.Array:
-    """Convolve every channel by itself, as `convolution`; the kernel is (rows, columns, channels)."""
+    """Convolve every channel by itself; the kernel is `(rows, columns, channels)`."""
     return _windows("depthwise", x, kernel, kernel.shape[2], strides, padding)
 
 

@@ -151,11 +151,14 @@ static Panel int4_pack(const Source& from, const Int4Weights& w, int64_t inputs,
   return panel;
 }
 
+constexpr int64_t kAheadRows = 12;  // no stream: rows lie apart
+
 static Panel float_pack(const FloatWeights& w, int64_t inputs, int64_t first) {
   Panel panel(first, w.outputs, inputs);
   float* to = (float*)panel.weights.get();
   for (int64_t k = 0; k < inputs; ++k, to += kPanel) {
     const float* from = w.kernel + k * w.outputs + first;
+    prefetch(from + kAheadRows * w.outputs);
     if (panel.count == kPanel) {
       f_store(to, f_load(from));
       f_store(to + kFloats, f_load(from + kFloats));
