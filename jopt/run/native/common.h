@@ -17,6 +17,7 @@
 
 #define JOPT_INLINE static inline __attribute__((always_inline))
 #define JOPT_INLINE_MEMBER inline __attribute__((always_inline))
+#define JOPT_APART static __attribute__((noinline))  // compiled once for all who call it
 #define JOPT_UNROLL _Pragma("GCC unroll 16")
 #define JOPT_UNROLL_LONG _Pragma("GCC unroll 32")
 

@@ -321,7 +321,7 @@ JOPT_INLINE F widened(const int8_t* p) { return widen8(p); }
 
 template <class Weight>
 struct FloatTile {
-  const Runs& x;
+  Runs x;
   int64_t outputs;
   const double* total;  // the sum of each row, where weights have zero points
   const Panel& panel;
@@ -371,7 +371,7 @@ JOPT_INLINE void rows_from(int64_t m, int64_t end, const Tile& tile) {
 
 // T rows at a time, then half as many, down to one.
 template <int T, class Tile>
-JOPT_INLINE void over_rows(Range rows, const Tile& tile) {
+JOPT_APART void over_rows(Range rows, Tile tile) {
   if (tile.panel.count > kFloats) return rows_from<T, 2>(rows.begin, rows.end, tile);
   rows_from<T, 1>(rows.begin, rows.end, tile);
 }
