@@ -173,8 +173,8 @@ def torch_sparse(kernel: np.ndarray, x: np.ndarray) -> Side:
     return run
 
 
-def torch_depthwise(kernel: np.ndarray, x: np.ndarray) -> Side:
-    """Convolve each channel by itself, channels last, padded as "same"."""
+def torch_depthwise(kernel: np.ndarray, x: np.ndarray, times: int) -> Side:
+    """Convolve each channel by itself so many times, channels last, padded as "same"."""
     import torch  # pyright: ignore[reportMissingImports]
 
     weights = torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)))
@@ -183,9 +183,12 @@ def torch_depthwise(kernel: np.ndarray, x: np.ndarray) -> Side:
 
     def run() -> Any:
         with torch.no_grad():
-            return torch.nn.functional.conv2d(
-                images, weights, padding=kernel.shape[0] // 2, groups=kernel.shape[3]
-            )
+            found = images
+            for _ in range(times):
+                found = torch.nn.functional.conv2d(
+                    found, weights, padding=kernel.shape[0] // 2, groups=kernel.shape[3]
+                )
+            return found
 
     return run
 

@@ -84,7 +84,7 @@ struct Rows {
       const float unit = most / 127.0f;
       step[m] = unit;
       for (int64_t i = 0; i < inputs; ++i)
-        codes[m * inputs + i] = unit > 0 ? (int)std::nearbyint(data[m * inputs + i] / unit) : 0;
+        codes[m * inputs + i] = unit > 0 ? (int)std::nearbyint(data[m * inputs + i] * (1.0f / unit)) : 0;
     }
   }
   double rounded(int64_t m, int64_t i) const { return step[m] * codes[m * inputs + i]; }
@@ -165,7 +165,7 @@ static void check_int4(Pool& pool, const Rows& x, int64_t outputs) {
     for (int k = 0; k < 16; ++k)
       most = std::fmax(most, std::fabs(table[(tables > 1 ? 16 * n : 0) + k]));
     const float unit = most / 127.0f;
-    return at(n, i) * unit * std::nearbyint(entry(n, i) / unit);
+    return at(n, i) * unit * std::nearbyint(entry(n, i) * (1.0f / unit));
   });
 }
 
@@ -242,7 +242,8 @@ static void check_floats(Pool& pool, const Rows& x, int64_t outputs) {
 
 // Windows that hang over edges, or lie inside.
 template <class Pool>
-static void check_windows(Pool& pool, bool depthwise) {
+static void check_windows(Pool& pool, int kind) {
+  const bool depthwise = kind == 0, coded = kind == 2;
   const int64_t outputs = pick(1, 40), large = pick(0, 1) ? 40 : 9;
   Window s{pick(0, 2), pick(1, large), pick(1, 30), pick(1, depthwise ? 50 : 9), pick(1, 5),
            pick(1, 5), pick(1, 3),     pick(1, 3),  pick(0, 6),                  pick(0, 6), 0, 0};
@@ -253,12 +254,25 @@ static void check_windows(Pool& pool, bool depthwise) {
   s.out_columns = columns < 0 ? 0 : columns / s.stride_columns + 1;
   const int64_t last = depthwise ? s.channels : outputs;
   const std::vector<float> x = normals(s.batch * s.height * s.width * s.channels);
-  const std::vector<float> kernel = normals(s.rows * s.columns * s.channels * (depthwise ? 1 : last));
+  const int64_t inputs = s.rows * s.columns * s.channels;
+  std::vector<float> kernel = normals(inputs * (depthwise ? 1 : last));
   std::vector<float> y(s.batch * s.out_rows * s.out_columns * last);
   if (depthwise)
     run_depthwise(pool, x.data(), kernel.data(), s, y.data());
-  else
+  else if (!coded)
     run_convolution(pool, x.data(), {kernel.data(), outputs}, s, y.data());
+  else {
+    std::vector<int8_t> codes(inputs * outputs);
+    const std::vector<float> scale = normals(outputs), zero = normals(outputs);
+    const bool shifted = pick(0, 1);
+    for (int64_t n = 0; n < outputs; ++n)
+      for (int64_t k = 0; k < inputs; ++k) {
+        codes[n * inputs + k] = (int8_t)pick(-128, 127);
+        kernel[k * outputs + n] = scale[n] * (codes[n * inputs + k] - (shifted ? zero[n] : 0.0f));
+      }
+    const Int8Weights w{codes.data(), scale.data(), shifted ? zero.data() : nullptr, outputs};
+    run_int8_convolution(pool, x.data(), w, s, y.data());
+  }
   size_t at = 0;
   for (int64_t image = 0; image < s.batch; ++image)
     for (int64_t r = 0; r < s.out_rows; ++r)
@@ -293,7 +307,7 @@ static void round_of(int64_t most) {
     case 2: return check_bits(pool, x, outputs);
     case 3: return check_sparse(pool, x, outputs);
     case 4: return check_floats(pool, x, outputs);
-    default: return check_windows(pool, pick(0, 1));
+    default: return check_windows(pool, (int)pick(0, 2));
   }
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen
 
+import jopt
 from jopt import quant, run
 from jopt.run import _build, _forms, _native
 from tests.conftest import COMPILER
@@ -167,6 +168,9 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
         lambda: _native.signs_product(x, packed[:, :8], scale),
         lambda: _native.floats_product(x, jnp.ones((60, 5))),
         lambda: _native.convolution(x.reshape(1, 2, 7, 10), jnp.ones((2, 2, 9, 4)), (1, 1), EDGES),
+        lambda: _native.int8_convolution(
+            x.reshape(1, 2, 7, 10), codes, scale, size=(2, 2), strides=(1, 1), padding=EDGES
+        ),
         lambda: _native.depthwise(x.reshape(1, 2, 7, 10), jnp.ones((2, 2, 9)), (1, 1), EDGES),
         lambda: _native.sparse_product(
             x, jnp.ones(2), jnp.array([0, 70], jnp.uint16), jnp.array([0, 1, 2], jnp.int32)
@@ -242,6 +246,52 @@ def test_convolutions_run_by_kernels_and_have_derivatives(native, form):
     per_copy = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), params)
     expected = jax.vmap(module.apply)(per_copy, copies)
     chex.assert_trees_all_close(jax.vmap(fast)(per_copy, copies), expected, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("spec", [quant.QuantSpec(8), quant.QuantSpec(8, grid=quant.affine)])
+def test_convolutions_with_windows_run_by_codes(native, spec, monkeypatch):
+    module = linen.Conv(21, (3, 2), (2, 1), padding=((1, 0), (2, 1)))
+    x = jax.random.normal(jax.random.key(0), (2, 7, 9, 5))
+    params = module.init(jax.random.key(1), x)
+    codes = quant.quantize_params(params, spec, ".*kernel")
+    ready = run.prepare(module.apply, codes, x)
+    assert isinstance(ready["params"]["kernel"], run.Int8Matrix)
+    chex.assert_trees_all_equal(jopt.materialize(ready), jopt.materialize(codes))
+    for activations in ("float", "int8"):
+        row = run.explain(module.apply, ready, x, activations=activations).rows[0]
+        assert (row.form, row.why) == ("native int8 convolution", "")
+    fast, floats = run.compressed(module.apply), jopt.materialize(codes)
+    chex.assert_trees_all_close(fast(ready, x), module.apply(floats, x), atol=1e-5)
+
+    def slope(of, params):
+        return jax.grad(lambda x: jnp.sin(of(params, x)).sum())(x)
+
+    chex.assert_trees_all_close(slope(fast, ready), slope(module.apply, floats), atol=1e-4)
+    copies = jnp.stack([x, 2 * x])
+    expected = jax.vmap(module.apply, (None, 0))(floats, copies)
+    chex.assert_trees_all_close(jax.vmap(fast, (None, 0))(ready, copies), expected, atol=1e-5)
+    monkeypatch.setenv("JOPT_NATIVE", "0")  # a tree that was prepared where there was a compiler
+    _build._loaded.cache_clear()
+    try:
+        chex.assert_trees_all_close(
+            run.compressed(module.apply)(ready, x), module.apply(floats, x), atol=1e-5
+        )
+        assert run.explain(module.apply, ready, x).rows[0].form == "XLA, convolution"
+    finally:
+        monkeypatch.delenv("JOPT_NATIVE")
+        _build._loaded.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [2, 4])
+def test_kernels_with_windows_of_fewer_bits_stay_as_they_are(native, bits):
+    module = linen.Conv(6, (3, 2))
+    x = jnp.ones((1, 7, 9, 5))
+    params = quant.quantize_params(module.init(jax.random.key(1), x), quant.QuantSpec(bits))
+    ready = run.prepare(module.apply, params, x)
+    row = run.explain(module.apply, ready, x).rows[0]
+    assert row.leaf == "QTensor" and "int8 codes alone" in row.why
 
 
 @needs_compiler

@@ -13,7 +13,17 @@ import jax
 
 from jopt._compiling import SWITCH, Unavailable, compiled, library
 
-TARGETS = ("int8", "int4", "signs", "binary", "sparse", "floats", "convolution", "depthwise")
+TARGETS = (
+    "int8",
+    "int4",
+    "signs",
+    "binary",
+    "sparse",
+    "floats",
+    "convolution",
+    "int8convolution",
+    "depthwise",
+)
 _MAIN = Path(__file__).parent / "native" / "bindings.cc"
 _OFF = ("0", "codec")
 

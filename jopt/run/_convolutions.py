@@ -18,6 +18,7 @@ from jopt.layers import Window
 from jopt.layers._rows import patches
 from jopt.run import _native
 from jopt.run._forms import native_here
+from jopt.run._matrices import Int8Matrix
 
 PLAIN = "XLA, convolution"
 _PATCH = 160  # elements of a patch up to which patches are tried: beyond, copies cost too much
@@ -44,15 +45,7 @@ class Shapes(NamedTuple):
         """Return whether each channel has one output, of its own, in two dimensions."""
         channels = self.x[-1]
         alone = self.window.feature_group_count == channels and self.kernel[-1] == channels
-        return alone and self.is_plain
-
-    @property
-    def is_plain(self) -> bool:
-        """Return whether it has two dimensions, and neither dilation nor negative padding."""
-        window = self.window
-        cut = any(low < 0 or high < 0 for low, high in window.padding)
-        dilated = any(step != 1 for step in window.input_dilation + window.kernel_dilation)
-        return len(window.size) == 2 and not cut and not dilated
+        return alone and is_plain(self.window)
 
 
 def channels_last(window: Window) -> bool:
@@ -61,6 +54,19 @@ def channels_last(window: Window) -> bool:
     last = (0, rank - 1, *range(1, rank - 1))
     own = (rank - 1, rank - 2, *range(rank - 2))
     return (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == (last, own, last)
+
+
+def is_plain(window: Window) -> bool:
+    """Return whether a convolution has two dimensions, no dilation and no negative padding."""
+    cut = any(low < 0 or high < 0 for low, high in window.padding)
+    dilated = any(step != 1 for step in window.input_dilation + window.kernel_dilation)
+    return len(window.size) == 2 and not cut and not dilated
+
+
+def takes_codes(window: Window) -> bool:
+    """Return whether a native kernel convolves by int8 codes."""
+    together = window.feature_group_count == 1
+    return native_here() is None and is_plain(window) and together and channels_last(window)
 
 
 def is_product(window: Window) -> bool:
@@ -164,6 +170,14 @@ def _native_convolution_jvp(shapes: Shapes, primals: Any, tangents: Any) -> tupl
     return native_convolution(shapes, *primals), tangent
 
 
+def int8_convolution(shapes: Shapes, leaf: Int8Matrix, x: jax.Array) -> jax.Array:
+    """Convolve by the codes of a kernel that is laid out by outputs."""
+    zero = None if leaf.zero_point is None else leaf.zero_point[:, 0]
+    window = shapes.window
+    about = {"size": window.size, "strides": window.strides, "padding": window.padding}
+    return _native.int8_convolution(x, leaf.codes, leaf.scale[:, 0], zero, **about)
+
+
 Way = Callable[[Shapes, jax.Array, jax.Array], jax.Array]
 
 
@@ -182,7 +196,7 @@ def ways_of(shapes: Shapes) -> dict[str, Way]:
             ways["native product of matrices"] = native_pointwise
         ways["XLA, product of matrices"] = pointwise
     elif groups == 1:
-        if native_here() is None and shapes.is_plain:
+        if native_here() is None and is_plain(shapes.window):
             ways["native convolution"] = native_convolution
         if math.prod(shapes.kernel[:-1]) <= _PATCH:
             return ways | {PLAIN: plain, "XLA, product of patches": by_patches}

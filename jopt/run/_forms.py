@@ -60,7 +60,8 @@ def _contract(rows: jax.Array, matrix: jax.Array, dtype: Any) -> jax.Array:
 def round_rows(rows: jax.Array, fixed: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Round rows to int8 in steps of their own, or in a fixed one.
 
-    A row that holds a NaN or an infinity has the step NaN, so that its outputs are NaN.
+    A row that holds a NaN or an infinity has the step NaN, so that its outputs are NaN; so has
+    every row where the fixed step is no normal number. Codes are `round(x * (1 / step))`.
 
     Args:
       rows: `(..., rows, inputs)`, float32.
@@ -83,8 +84,10 @@ def round_rows(rows: jax.Array, fixed: jax.Array | None = None) -> tuple[jax.Arr
         step = jnp.where(jnp.isinf(most), jnp.nan, step)
     else:
         step = jnp.broadcast_to(fixed[..., None, :], most.shape)
-        step = jnp.where(jnp.isnan(most) | ~(step > 0), jnp.nan, step)
-    scaled = jnp.where(step > 0, rows / jnp.where(step > 0, step, 1), 0)
+        usable = (step >= jnp.finfo(jnp.float32).tiny) & jnp.isfinite(step)
+        step = jnp.where(jnp.isnan(most) | ~usable, jnp.nan, step)
+    inverse = 1 / jnp.where(step > 0, step, 1)
+    scaled = jnp.where(step > 0, rows * inverse, 0)
     codes = jnp.clip(jnp.round(scaled), -127, 127)
     return codes.astype(jnp.int8), step
 

@@ -93,38 +93,69 @@ def floats_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _call("floats", (x.shape[0], kernel.shape[1]), x, kernel)
 
 
-def convolution(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: tuple[tuple[int, int], tuple[int, int]],
-) -> jax.Array:
+Pair = tuple[int, int]
+Edges = tuple[Pair, Pair]  # padding before and after, along height and width; none is negative
+
+
+def convolution(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) -> jax.Array:
     """Convolve all channels.
 
     Args:
       x: float32, `(images, height, width, channels)`.
       kernel: `(rows, columns, channels, outputs)`.
       strides: along height and width.
-      padding: before and after, along height and width; none is negative.
+      padding: before and after, along height and width.
     """
-    return _windows("convolution", x, kernel, kernel.shape[3], strides, padding)
+    size = kernel.shape[0], kernel.shape[1]
+    return _windows("convolution", x, size, kernel.shape[3], strides, padding, kernel)
 
 
-def depthwise(
+def int8_convolution(
     x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    padding: tuple[tuple[int, int], tuple[int, int]],
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None = None,
+    *,
+    size: Pair,
+    strides: Pair,
+    padding: Edges,
 ) -> jax.Array:
+    """Convolve all channels by int8 codes, `(outputs, rows * columns * channels)`.
+
+    Args:
+      x: float32, `(images, height, width, channels)`.
+      codes: int8; those of an output in the order of its window.
+      scale: `(outputs,)`.
+      zero: `(outputs,)`, or None for 0.
+      size: of the window, rows and columns.
+      strides: along height and width.
+      padding: before and after, along height and width.
+    """
+    arrays = codes, scale, _or_none(zero, 0)
+    attributes = {"size": np.array(size, np.int64)}
+    outputs = codes.shape[0]
+    return _windows("int8convolution", x, size, outputs, strides, padding, *arrays, **attributes)
+
+
+def depthwise(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) -> jax.Array:
     """Convolve every channel by itself; the kernel is `(rows, columns, channels)`."""
-    return _windows("depthwise", x, kernel, kernel.shape[2], strides, padding)
+    size = kernel.shape[0], kernel.shape[1]
+    return _windows("depthwise", x, size, kernel.shape[2], strides, padding, kernel)
 
 
 def _windows(
-    target: str, x: jax.Array, kernel: jax.Array, outputs: int, strides: Any, padding: Any
+    target: str,
+    x: jax.Array,
+    size: Pair,
+    outputs: int,
+    strides: Pair,
+    padding: Edges,
+    /,
+    *arrays: jax.Array,
+    **attributes: Any,
 ) -> jax.Array:
-    ends = zip(x.shape[1:3], padding, kernel.shape[:2], strides, strict=True)
-    sizes = [max(0, (size + sum(pad) - length) // step + 1) for size, pad, length, step in ends]
+    ends = zip(x.shape[1:3], padding, size, strides, strict=True)
+    sizes = [max(0, (side + sum(pad) - length) // step + 1) for side, pad, length, step in ends]
     before = np.array([padding[0][0], padding[1][0]], np.int64)
-    shape = (x.shape[0], *sizes, outputs)
-    return _call(target, shape, x, kernel, strides=np.array(strides, np.int64), padding=before)
+    attributes |= {"strides": np.array(strides, np.int64), "padding": before}
+    return _call(target, (x.shape[0], *sizes, outputs), x, *arrays, **attributes)

@@ -12,7 +12,7 @@ from jax.extend import core
 from jopt._leaves import is_compressed
 from jopt.layers._interpret import bind
 from jopt.layers._rows import element_order, rows_of
-from jopt.layers._uses import GROUP_AXIS, Use
+from jopt.layers._uses import GROUP_AXIS, Layer, Use
 from jopt.run import _convolutions, _probe
 from jopt.run._forms import FLOATS, Form, floats, forms_of
 from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SparseMatrix, TurnedMatrix
@@ -21,6 +21,8 @@ from jopt.run._uses import GATHER
 PLAIN_DOT, PLAIN_CONV, PLAIN_GATHER = "XLA, dot", _convolutions.PLAIN, "XLA, gather"
 ROWS = "rows of codes"
 NOT_LAID_OUT = "it is not laid out for products: see jopt.run.prepare"
+WINDOW = "of kernels with a window int8 codes alone are used, where native kernels run"
+RESTORED = "restoring it was measured to be faster"
 _WORTH = 0.95  # of the preferred way's time: less decides for another
 
 
@@ -38,6 +40,11 @@ class Choice(NamedTuple):
     why: str = ""
 
 
+def _is_wide(layer: Layer) -> bool:
+    """Return whether a layer is a convolution that is more than a product of matrices."""
+    return layer.window is not None and not _convolutions.is_product(layer.window)
+
+
 def _in_order(use: Use) -> bool:
     """Return whether outputs and copies come out in the order of the kernel."""
     layer = use.layer
@@ -53,8 +60,8 @@ def obstacle(use: Use, leaf: Any) -> str:
     layer = use.layer
     if layer.groups > 1:
         return "its outputs are in groups with inputs of their own"
-    if layer.window is not None and not _convolutions.is_product(layer.window):
-        return "convolutions with a window are computed with floats"
+    if _is_wide(layer) and not isinstance(leaf, Int8Matrix):
+        return WINDOW
     if not isinstance(leaf, Matrix):
         return NOT_LAID_OUT
     contracted = tuple(axis - len(layer.shape) for axis in layer.contracted)
@@ -157,6 +164,42 @@ def _conv(equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded: bool) ->
     return values.reshape(out.shape).astype(out.dtype), name
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _windowed(leaf: Any, x: jax.Array, shapes: _convolutions.Shapes, form: Form) -> jax.Array:
+    return form.product(leaf, x)
+
+
+@_windowed.defjvp
+def _windowed_jvp(
+    shapes: _convolutions.Shapes, form: Form, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
+    def reference(leaf: Any, x: jax.Array) -> jax.Array:
+        return _convolutions.plain(shapes, x, leaf.restore().astype(jnp.float32))
+
+    return _windowed(*primals, shapes, form), jax.jvp(reference, primals, tangents)[1]
+
+
+def _window(
+    use: Use, equation: core.JaxprEqn, leaf: Int8Matrix, x: jax.Array
+) -> tuple[jax.Array, str, str]:
+    """Convolve by the codes of a kernel with a window, or by what they stand for."""
+    x = x.astype(jnp.float32)
+    shapes = _convolutions.Shapes(x.shape, leaf.shape, use.layer.window)
+
+    def restored(way: _convolutions.Way, leaf: Any, x: jax.Array) -> jax.Array:
+        return way(shapes, x, leaf.restore().astype(jnp.float32))
+
+    ways = _convolutions.ways_of(shapes)
+    forms = [Form(name, partial(restored, way)) for name, way in ways.items()]
+    codes = "native int8 convolution"
+    if _convolutions.takes_codes(shapes.window):
+        forms.insert(0, Form(codes, partial(_convolutions.int8_convolution, shapes)))
+    avals = jax.tree.map(_aval, leaf), _aval(x)
+    form = fastest(f"int8 convolution {shapes}", forms, avals, 1)
+    out = _windowed(leaf, x, shapes, form).astype(_aval_of(equation).dtype)
+    return out, form.name, "" if form.name == codes else RESTORED
+
+
 def _float_conv(use: Use, equation: core.JaxprEqn, values: list[Any]) -> tuple[Any, str]:
     """Convolve floats in the fastest way."""
     x, kernel = values
@@ -236,11 +279,13 @@ def run_use(
         why = obstacle(use, leaf)
         if not why:
             x = values[use.side]
-            if layer.kind == "conv":
+            if _is_wide(layer):
+                out, name, why = _window(use, equation, leaf, x)
+            elif layer.kind == "conv":
                 out, name = _conv(equation, leaf, x, rounded)
             else:
                 out, name = _dot(use, equation, leaf, x, rounded)
-            return [out], Choice(use, name)
+            return [out], Choice(use, name, why)
     if layer.kind == "conv":
         out, name = _float_conv(use, equation, values)
         return [out] if out is not None else bind(equation, values), Choice(use, name, why)

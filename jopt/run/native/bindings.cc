@@ -260,10 +260,9 @@ ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
 
 // Calls run(index, window) for each image of the leading axes, where the shapes fit.
 template <class Run>
-ffi::Error over_windows(const Operand& x, const Operand& kernel, const Operand& y,
+ffi::Error over_windows(const Operand& x, int64_t rows, int64_t columns, const Operand& y,
                         ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding,
                         const Run& run) {
-  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
   if (strides.size() != 2 || strides[0] < 1 || strides[1] < 1)
     return wrong("strides", "be two numbers, at least 1");
   if (padding.size() != 2 || padding[0] < 0 || padding[1] < 0)
@@ -271,8 +270,8 @@ ffi::Error over_windows(const Operand& x, const Operand& kernel, const Operand& 
   if (y[0] != x[0]) return wrong("the result", "have x's batch");
   Index index(y.lead(), 0);
   for (int64_t count = y.batch(); count > 0; --count) {
-    run(index, Window{x[0],       x[1],       x[2],       x[3],       kernel[0], kernel[1],
-                      strides[0], strides[1], padding[0], padding[1], y[1],      y[2]});
+    run(index, Window{x[0],       x[1],       x[2],       x[3],       rows, columns,
+                      strides[0], strides[1], padding[0], padding[1], y[1], y[2]});
     for (size_t axis = y.lead(); axis-- > 0;) {
       if (++index[axis] < y.dims[axis]) break;
       index[axis] = 0;
@@ -290,9 +289,34 @@ ffi::Error Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels, outputs)");
   if (y[3] != kernel[3]) return wrong("the result", "have the kernel's outputs");
   Pool pool{threads};
-  return over_windows(x, kernel, y, strides, padding, [&](const Index& index, Window window) {
+  return over_windows(x, kernel[0], kernel[1], y, strides, padding,
+                      [&](const Index& index, const Window& window) {
     const FloatWeights w{at<float>(kernel, index), kernel[3]};
     run_convolution(pool, at<float>(x, index), w, window, at<float>(y, index));
+  });
+}
+
+// zero may be empty; the codes of an output are those of its window, row by row.
+ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
+                           ffi::Buffer<ffi::S8> codes_, ffi::Buffer<ffi::F32> scale_,
+                           ffi::Buffer<ffi::F32> zero_, Out y_, ffi::Span<const int64_t> size,
+                           ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding) {
+  const Operand x = operand("x", x_, 4), codes = operand("codes", codes_, 2),
+                scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
+                y = operand("y", *y_, 4);
+  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero}, y));
+  if (size.size() != 2 || size[0] < 1 || size[1] < 1)
+    return wrong("size", "be two numbers, at least 1");
+  if (codes[1] != size[0] * size[1] * x[3]) return wrong("codes", "be (outputs, window)");
+  if (scale[0] != codes[0]) return wrong("scale", "be (outputs)");
+  if (zero[0] && zero[0] != codes[0]) return wrong("zero", "be empty or (outputs)");
+  if (y[3] != codes[0]) return wrong("the result", "have the codes' outputs");
+  Pool pool{threads};
+  return over_windows(x, size[0], size[1], y, strides, padding,
+                      [&](const Index& index, const Window& window) {
+    const Int8Weights w{at<int8_t>(codes, index), at<float>(scale, index),
+                        zero[0] ? at<float>(zero, index) : nullptr, codes[0]};
+    run_int8_convolution(pool, at<float>(x, index), w, window, at<float>(y, index));
   });
 }
 
@@ -302,10 +326,12 @@ ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
   const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 3),
                 y = operand("y", *y_, 4);
   JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels)");
   if (y[3] != x[3]) return wrong("the result", "have x's channels");
   Pool pool{threads};
-  return over_windows(x, kernel, y, strides, padding, [&](const Index& index, Window window) {
+  return over_windows(x, kernel[0], kernel[1], y, strides, padding,
+                      [&](const Index& index, const Window& window) {
     run_depthwise(pool, at<float>(x, index), at<float>(kernel, index), window,
                   at<float>(y, index));
   });
@@ -360,6 +386,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptConvolution, jopt::Convolution,
                                   .Attr<ffi::Span<const int64_t>>("strides")
                                   .Attr<ffi::Span<const int64_t>>("padding"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt8convolution, jopt::Int8Convolution,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<ffi::Span<const int64_t>>("size")
+                                  .Attr<ffi::Span<const int64_t>>("strides")
+                                  .Attr<ffi::Span<const int64_t>>("padding"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptDepthwise, jopt::Depthwise,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -151,6 +151,20 @@ static Panel int4_pack(const Source& from, const Int4Weights& w, int64_t inputs,
   return panel;
 }
 
+// Codes less their zero points, as floats.
+static Panel int8_pack_floats(const Int8Weights& w, int64_t inputs, int64_t first) {
+  const Panel codes = int8_pack(w, inputs, first, true);
+  Panel panel(first, w.outputs, inputs);
+  std::memcpy(panel.scale, codes.scale, sizeof codes.scale);
+  const int8_t* from = (const int8_t*)codes.weights.get();
+  float* to = (float*)panel.weights.get();
+  float less[kPanel];
+  for (int64_t n = 0; n < kPanel; ++n) less[n] = -codes.zero[n];
+  for (int64_t i = 0; i < inputs * kPanel; i += kFloats)
+    f_store(to + i, f_add(widen8(from + i), f_load(less + i % kPanel)));
+  return panel;
+}
+
 constexpr int64_t kAheadRows = 12;  // no stream: rows lie apart
 
 static Panel float_pack(const FloatWeights& w, int64_t inputs, int64_t first) {
@@ -440,18 +454,20 @@ static void float_panels(const Floats& x, const FloatWeights& w, Range rows, Ran
   }
 }
 
-// A convolution of all channels. Rows are those of the outputs' images, counted over the batch; the
-// input is padded, so that every window lies inside it: it is as high as `s` says, and as wide.
-static void convolution(const float* x, const FloatWeights& w, const Window& s, Range rows,
+// A convolution of all channels, whose panels `pack(first)` makes. Rows are those of the outputs'
+// images, counted over the batch; the input is padded, so that every window lies inside it: it is as
+// high as `s` says, and as wide.
+template <class Pack>
+static void convolution(const float* x, const Pack& pack, int64_t count, const Window& s, Range rows,
                         Range outputs, float* y) {
   const int64_t length = s.columns * s.channels, line = s.width * s.channels;
   for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
-    const Panel panel = float_pack(w, s.rows * length, n);
+    const Panel panel = pack(n);
     for (int64_t at = rows.begin; at < rows.end; ++at) {
       const int64_t top = at / s.out_rows * s.height + at % s.out_rows * s.stride_rows;
       const Runs in{x + top * line, s.stride_columns * s.channels, s.rows, length, line};
-      float* out = y + at * s.out_columns * w.outputs;
-      over_rows<kFloatRows>(Range{0, s.out_columns}, FloatTile<float>{in, w.outputs, nullptr, panel, out});
+      float* out = y + at * s.out_columns * count;
+      over_rows<kFloatRows>(Range{0, s.out_columns}, FloatTile<float>{in, count, nullptr, panel, out});
     }
   }
 }

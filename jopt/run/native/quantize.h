@@ -4,29 +4,33 @@
 namespace jopt {
 
 // One row: scale = largest magnitude / 127, or `fixed` where that is not null. A row with a NaN,
-// or with an infinity and no fixed scale, gets the scale NaN. One below 127 * FLT_MIN counts as 0.
+// or with an infinity and no fixed scale, gets the scale NaN, and so does a fixed scale that is no
+// normal number. One below 127 * FLT_MIN counts as 0. Codes are round(x * (1 / scale)).
 static double quantize(const float* x, int64_t inputs, int64_t stride, const float* fixed,
                        int8_t* codes) {
   const int64_t whole = inputs / kBytes * kBytes;
   float tail[kBytes] = {0};
-  if (whole < inputs) std::memcpy(tail, x + whole, (inputs - whole) * sizeof(float));
+  int64_t i = whole;
+  for (; i + kFloats <= inputs; i += kFloats) f_store(tail + i - whole, f_load(x + i));
+  for (; i < inputs; ++i) tail[i - whole] = x[i];
   I most = i_zero();
-  for (int64_t i = 0; i < whole; i += kFloats) most = i_magnitudes(most, f_load(x + i));
-  for (int64_t i = 0; i < inputs - whole; i += kFloats)
-    most = i_magnitudes(most, f_load(tail + i));
+  for (i = 0; i < whole; i += kFloats) most = i_magnitudes(most, f_load(x + i));
+  for (; i < inputs; i += kFloats) most = i_magnitudes(most, f_load(tail + i - whole));
   const int32_t bits = i_most(most);
   float largest;
   std::memcpy(&largest, &bits, 4);
-  float scale = fixed ? *fixed : largest / 127.0f;
-  const bool usable = scale > 0 && scale <= std::numeric_limits<float>::max();
+  const float scale = fixed ? *fixed : largest / 127.0f;
+  constexpr float kSmallest = std::numeric_limits<float>::min();
+  const bool usable = scale >= kSmallest && scale <= std::numeric_limits<float>::max();
   const bool wrong = std::isnan(largest) || (fixed ? !usable : std::isinf(largest));
-  if (wrong || (!fixed && scale < std::numeric_limits<float>::min())) {
+  if (wrong || scale < kSmallest) {
     std::memset(codes, 0, stride);
     return wrong ? std::numeric_limits<double>::quiet_NaN() : 0.0;
   }
-  for (int64_t i = 0; i < whole; i += kBytes) b_round(codes + i, x + i, scale);
-  if (whole < stride) std::memset(codes + whole, 0, stride - whole);
-  if (whole < inputs) b_round(codes + whole, tail, scale);
+  const float inverse = 1.0f / scale;
+  for (i = 0; i < whole; i += kBytes) b_round(codes + i, x + i, inverse);
+  for (; i < stride; i += kBytes) b_store(codes + i, b_none());
+  if (whole < inputs) b_round(codes + whole, tail, inverse);
   return scale;
 }
 

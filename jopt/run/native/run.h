@@ -242,15 +242,31 @@ Padded with_edges(Pool& pool, const float* x, Window& s) {
   return out;
 }
 
-template <class Pool>
-void run_convolution(Pool& pool, const float* x, const FloatWeights& w, Window s, float* y) {
+template <class Pool, class Pack>
+void run_windows(Pool& pool, const float* x, const Pack& pack, int64_t outputs, Window s, float* y) {
   const int64_t rows = s.batch * s.out_rows;
   if (rows <= 0 || s.out_columns <= 0) return;
   const Padded in = with_edges(pool, x, s);
-  const int64_t work = rows * s.out_columns * s.rows * s.columns * s.channels * w.outputs;
+  const int64_t work = rows * s.out_columns * s.rows * s.columns * s.channels * outputs;
   const int64_t many = kRowsOfBlock / s.out_columns + 1;
-  over_blocks(pool, rows, many, w.outputs, work,
-              [&](Range m, Range n) { convolution(in.view.data, w, s, m, n, y); });
+  over_blocks(pool, rows, many, outputs, work, [&](Range m, Range n) {
+    convolution(in.view.data, pack, outputs, s, m, n, y);
+  });
+}
+
+template <class Pool>
+void run_convolution(Pool& pool, const float* x, const FloatWeights& w, const Window& s, float* y) {
+  const int64_t inputs = s.rows * s.columns * s.channels;
+  auto pack = [&](int64_t first) { return float_pack(w, inputs, first); };
+  run_windows(pool, x, pack, w.outputs, s, y);
+}
+
+template <class Pool>
+void run_int8_convolution(Pool& pool, const float* x, const Int8Weights& w, const Window& s,
+                          float* y) {
+  const int64_t inputs = s.rows * s.columns * s.channels;
+  auto pack = [&](int64_t first) { return int8_pack_floats(w, inputs, first); };
+  run_windows(pool, x, pack, w.outputs, s, y);
 }
 
 template <class Pool>

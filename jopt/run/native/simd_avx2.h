@@ -197,13 +197,13 @@ JOPT_INLINE I i_magnitudes(I most, F x) {
   I bits = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
   return _mm256_max_epi32(most, bits);
 }
-JOPT_INLINE I round8(F x, F scale, F limit) {
-  F value = _mm256_div_ps(x, scale);
+JOPT_INLINE I round8(F x, F inverse, F limit) {
+  F value = _mm256_mul_ps(x, inverse);
   value = _mm256_max_ps(_mm256_sub_ps(f_zero(), limit), _mm256_min_ps(value, limit));
   return _mm256_cvtps_epi32(value);
 }
-JOPT_INLINE void b_round(int8_t* out, const float* x, float scale) {
-  F s = f_set(scale), limit = f_set(127.0f);
+JOPT_INLINE void b_round(int8_t* out, const float* x, float inverse) {
+  F s = f_set(inverse), limit = f_set(127.0f);
   I a = round8(f_load(x), s, limit), b = round8(f_load(x + 8), s, limit);
   I c = round8(f_load(x + 16), s, limit), d = round8(f_load(x + 24), s, limit);
   I bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));

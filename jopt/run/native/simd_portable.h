@@ -201,9 +201,9 @@ JOPT_INLINE I i_magnitudes(I most, F x) {
   return most;
 }
 // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
-JOPT_INLINE void b_round(int8_t* out, const float* x, float scale) {
+JOPT_INLINE void b_round(int8_t* out, const float* x, float inverse) {
   for (int i = 0; i < 32; ++i) {
-    float value = x[i] / scale;
+    float value = x[i] * inverse;
     value = value > -127.0f ? (value < 127.0f ? value : 127.0f) : -127.0f;
     out[i] = (int8_t)(int32_t)((value + 12582912.0f) - 12582912.0f);
   }
