@@ -154,7 +154,7 @@ def binary(smoke: bool) -> Case:
 
 
 def depthwise(smoke: bool) -> Case:
-    """A depthwise convolution of 3x3 on 144 channels of 56x56: each reads what the last one wrote."""
+    """Depthwise convolutions of 3x3 on 144 channels of 56x56: each reads what the last one wrote."""
     from flax import linen
 
     channels, size = (8, 8) if smoke else (144, 56)

@@ -58,6 +58,7 @@ class Settings:
 
     prune_epochs: int = 6
     score_rate: float = 1e-2  # Adam's, of the scores of movement, as in the paper
+    select_every: int = 10  # steps between choices of masks by these scores
     units: float = 0.5  # of heads and of hidden units that are removed
     layers: tuple[int, ...] = (0, 1, 3, 5)  # that stay where whole layers are removed
     shrunk_epochs: int = 2
@@ -83,26 +84,36 @@ class Trained(Taught):
         return self.fit(name, loss, self.teacher, self.settings.prune_epochs, tx), {}, None
 
     def by_movement(self, sparsity: float) -> Made:
-        """Remove the weights whose scores, which are trained along, are lowest; some come back."""
-        steps = self.steps * self.settings.prune_epochs
+        """Remove the weights whose scores, which are trained along, are lowest; some come back.
+
+        Scores start at the magnitudes, by the mean of their kernel's: a fine-tuned network's first
+        gradients are noise, and scores that start at zero would remove weights at random.
+        """
+        steps, every = self.steps * self.settings.prune_epochs, self.settings.select_every
         schedule = prune.cubic_schedule(sparsity, 0, steps // 2)
 
-        def loss(both: Tree, count: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
-            params, scores = both["params"], both["scores"]
-            masked = prune.movement_params(params, scores, jnp.asarray(schedule(count)), SELECT)
+        def loss(both: Tree, state: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
+            count, masks = state["count"], state["masks"]
+
+            def choose() -> Tree:
+                return SELECT(both["scores"], jnp.asarray(schedule(count)))
+
+            masks = jax.lax.cond(count % every == 0, choose, lambda: masks)
+            masked = prune.movement_params(both["params"], both["scores"], 0, lambda *_: masks)
             logits = self.run.training_logits(masked, batch.images, batch.key)
-            return self.mixed(logits, batch).mean(), count + 1
+            return self.mixed(logits, batch).mean(), {"count": count + 1, "masks": masks}
 
         rates: dict[Any, optax.GradientTransformation] = {
             "params": optax.adam(_compress.rate_while_pruning(self.run.settings.rate, steps)),
             "scores": optax.adam(self.settings.score_rate),
         }
         tx = optax.multi_transform(rates, {"params": "params", "scores": "scores"})
-        both = {"params": self.teacher, "scores": jax.tree.map(jnp.zeros_like, self.teacher)}
+        state = {"count": jnp.zeros((), jnp.int32), "masks": SELECT(self.teacher, 0.0)}
+        scores = jax.tree.map(lambda w: jnp.abs(w) / jnp.abs(w).mean(), self.teacher)
+        both = {"params": self.teacher, "scores": scores}
         name, epochs = f"movement-{sparsity:g}", self.settings.prune_epochs
-        found = self.fit(name, loss, both, epochs, tx, jnp.zeros((), jnp.int32))
-        masks = SELECT(found["scores"], sparsity)
-        return prune.apply_masks(found["params"], masks), {}, None
+        found = self.fit(name, loss, both, epochs, tx, state)
+        return prune.apply_masks(found["params"], SELECT(found["scores"], sparsity)), {}, None
 
     # --- Shrunk -----------------------------------------------------------------------------------
 

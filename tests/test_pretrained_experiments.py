@@ -159,8 +159,8 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     rows = {(row["form"], row["method"]): row for row in figures["rows"]}
     assert list(rows) == [
         ("32 bits", ""),
-        ("90%", "magnitude, taught"),
         ("90%", "movement, taught"),
+        ("90%", "magnitude, taught"),
         ("50% of units", "saliency, taught"),
         ("1 layers", "taught"),
     ]

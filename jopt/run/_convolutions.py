@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jopt.layers import Window
+from jopt.layers import Layer, Window
 from jopt.layers._rows import patches
 from jopt.run import _native
 from jopt.run._forms import native_here
@@ -75,6 +75,12 @@ def is_product(window: Window) -> bool:
     spread = any(step != 1 for step in window.input_dilation + window.kernel_dilation)
     alone = math.prod(window.size) == 1 and window.feature_group_count == 1
     return alone and not edges and not spread and channels_last(window)
+
+
+def wide_window(layer: Layer) -> Window | None:
+    """Return the window of a convolution that is more than a product of matrices, else None."""
+    window = layer.window
+    return None if window is None or is_product(window) else window
 
 
 def plain(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.extend import core
 from jopt._leaves import is_compressed
 from jopt.layers._interpret import bind
 from jopt.layers._rows import element_order, rows_of
-from jopt.layers._uses import GROUP_AXIS, Layer, Use
+from jopt.layers._uses import GROUP_AXIS, Use
 from jopt.run import _convolutions, _probe
 from jopt.run._forms import FLOATS, Form, floats, forms_of
 from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SparseMatrix, TurnedMatrix
@@ -40,11 +40,6 @@ class Choice(NamedTuple):
     why: str = ""
 
 
-def _is_wide(layer: Layer) -> bool:
-    """Return whether a layer is a convolution that is more than a product of matrices."""
-    return layer.window is not None and not _convolutions.is_product(layer.window)
-
-
 def _in_order(use: Use) -> bool:
     """Return whether outputs and copies come out in the order of the kernel."""
     layer = use.layer
@@ -60,7 +55,7 @@ def obstacle(use: Use, leaf: Any) -> str:
     layer = use.layer
     if layer.groups > 1:
         return "its outputs are in groups with inputs of their own"
-    if _is_wide(layer) and not isinstance(leaf, Int8Matrix):
+    if _convolutions.wide_window(layer) and not isinstance(leaf, Int8Matrix):
         return WINDOW
     if not isinstance(leaf, Matrix):
         return NOT_LAID_OUT
@@ -279,7 +274,7 @@ def run_use(
         why = obstacle(use, leaf)
         if not why:
             x = values[use.side]
-            if _is_wide(layer):
+            if _convolutions.wide_window(layer):
                 out, name, why = _window(use, equation, leaf, x)
             elif layer.kind == "conv":
                 out, name = _conv(equation, leaf, x, rounded)

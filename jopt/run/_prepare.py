@@ -22,7 +22,7 @@ from jopt._leaves import (
 )
 from jopt._trees import flatten_with_paths, is_kernel
 from jopt.layers import Layer
-from jopt.run._convolutions import is_product, takes_codes
+from jopt.run._convolutions import takes_codes, wide_window
 from jopt.run._forms import native_here
 from jopt.run._matrices import (
     BLOCK,
@@ -383,24 +383,15 @@ def _prepared(
             return leaf
         step = None if ends is None else _step_of(ends, tuple(leaf.shape[: axes.stacked]))
         matrix = matrix_of(leaf, axes, step)
-        windows = [layer.window for layer in layers or () if _is_wide(layer)]
-        if windows and not (_by_output(matrix) and all(map(takes_codes, filter(None, windows)))):
+        windows = list(filter(None, map(wide_window, layers or ())))
+        by_output = isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1
+        if windows and not (by_output and all(map(takes_codes, windows))):
             return leaf
         return leaf if isinstance(matrix, str) else matrix
     if sparse is None or not layers or not is_kernel("", leaf) or gathered:
         return leaf
     axes = axes_of(layers)
-    if isinstance(axes, str) or any(map(_is_wide, layers)):
+    if isinstance(axes, str) or any(map(wide_window, layers)):
         return leaf
     pruned = _pruned(leaf, axes, sparse)
     return leaf if pruned is None else pruned
-
-
-def _by_output(matrix: Matrix | str) -> bool:
-    """Return whether a matrix holds int8 codes with one scale for each output."""
-    return isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1
-
-
-def _is_wide(layer: Layer) -> bool:
-    """Return whether a layer is a convolution that is more than a product of matrices."""
-    return layer.window is not None and not is_product(layer.window)
