@@ -132,6 +132,7 @@ def compressed(apply: Apply, *, activations: str = "float") -> Callable[..., Any
         codebook kernels are rounded to int8, in steps of each row's largest magnitude / 127 or in
         the step that `prepare` got: faster, and each output is off by at most half a step times the
         sum of magnitudes of its weights (tables of codebooks are rounded to int8 as well).
+        Convolutions with a window keep their inputs.
 
     Returns:
       A jitted function `(params, *args) -> outputs`; keep it, as each call of `compressed` makes
