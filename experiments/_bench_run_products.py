@@ -154,7 +154,7 @@ def binary(smoke: bool) -> Case:
 
 
 def depthwise(smoke: bool) -> Case:
-    """Depthwise convolutions of 3x3 on 144 channels of 56x56: each reads what the last one wrote."""
+    """Depthwise convolutions, 3x3 on 144 channels of 56x56: each reads what the last one wrote."""
     from flax import linen
 
     channels, size = (8, 8) if smoke else (144, 56)
