@@ -48,6 +48,9 @@ class Shapes(NamedTuple):
         return alone and is_plain(self.window)
 
 
+Way = Callable[[Shapes, jax.Array, jax.Array], jax.Array]
+
+
 def channels_last(window: Window) -> bool:
     """Return whether input, kernel and output have their channels last, as flax has them."""
     numbers, rank = window.dimension_numbers, len(window.size) + 2
@@ -116,19 +119,6 @@ def _by_matrix(product: Product, shapes: Shapes, x: jax.Array, kernel: jax.Array
 pointwise = partial(_by_matrix, jnp.dot)
 
 
-@jax.custom_jvp
-def _native_product(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-    return _native.floats_product(rows, matrix)
-
-
-@_native_product.defjvp
-def _native_product_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    return _native_product(*primals), jax.jvp(jnp.dot, primals, tangents)[1]
-
-
-native_pointwise = partial(_by_matrix, _native_product)
-
-
 def by_patches(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply patches of the input by the kernel as one matrix."""
     rows = patches(x, shapes.window)[0]
@@ -152,28 +142,32 @@ def shifted(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return total
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def native_depthwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolve by the native kernel; derivatives are those of the shifted multiply-adds."""
+def _derived_from(reference: Way, native: Way) -> Way:
+    """Give a native kernel the derivatives of a way of XLA's that computes the same."""
+
+    @partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def way(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return native(shapes, x, kernel)
+
+    @way.defjvp
+    def _way_jvp(shapes: Shapes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+        tangent = jax.jvp(partial(reference, shapes), primals, tangents)[1]
+        return way(shapes, *primals), tangent
+
+    return way
+
+
+def _depthwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _native.depthwise(x, kernel[:, :, 0], shapes.window.strides, shapes.window.padding)
 
 
-@native_depthwise.defjvp
-def _native_depthwise_jvp(shapes: Shapes, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    tangent = jax.jvp(partial(shifted, shapes), primals, tangents)[1]
-    return native_depthwise(shapes, *primals), tangent
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def native_convolution(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolve by the native kernel; derivatives are those of XLA's convolution."""
+def _convolution(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _native.convolution(x, kernel, shapes.window.strides, shapes.window.padding)
 
 
-@native_convolution.defjvp
-def _native_convolution_jvp(shapes: Shapes, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    tangent = jax.jvp(partial(plain, shapes), primals, tangents)[1]
-    return native_convolution(shapes, *primals), tangent
+native_pointwise = _derived_from(pointwise, partial(_by_matrix, _native.floats_product))
+native_depthwise = _derived_from(shifted, _depthwise)
+native_convolution = _derived_from(plain, _convolution)
 
 
 def int8_convolution(shapes: Shapes, leaf: Int8Matrix, x: jax.Array) -> jax.Array:
@@ -182,9 +176,6 @@ def int8_convolution(shapes: Shapes, leaf: Int8Matrix, x: jax.Array) -> jax.Arra
     window = shapes.window
     about = {"size": window.size, "strides": window.strides, "padding": window.padding}
     return _native.int8_convolution(x, leaf.codes, leaf.scale[:, 0], zero, **about)
-
-
-Way = Callable[[Shapes, jax.Array, jax.Array], jax.Array]
 
 
 def ways_of(shapes: Shapes) -> dict[str, Way]:

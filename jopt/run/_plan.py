@@ -186,13 +186,14 @@ def _window(
 
     ways = _convolutions.ways_of(shapes)
     forms = [Form(name, partial(restored, way)) for name, way in ways.items()]
-    codes = "native int8 convolution"
+    codes, why = "native int8 convolution", WINDOW
     if _convolutions.takes_codes(shapes.window):
+        why = RESTORED
         forms.insert(0, Form(codes, partial(_convolutions.int8_convolution, shapes)))
     avals = jax.tree.map(_aval, leaf), _aval(x)
     form = fastest(f"int8 convolution {shapes}", forms, avals, 1)
     out = _windowed(leaf, x, shapes, form).astype(_aval_of(equation).dtype)
-    return out, form.name, "" if form.name == codes else RESTORED
+    return out, form.name, "" if form.name == codes else why
 
 
 def _float_conv(use: Use, equation: core.JaxprEqn, values: list[Any]) -> tuple[Any, str]:

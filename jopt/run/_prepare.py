@@ -380,13 +380,13 @@ def _prepared(
             axes = Axes(0, (1,))  # the rows of a table, as if each were an output
         else:
             return leaf
-        if isinstance(axes, str) or 0 in leaf.shape:
+        windows = list(filter(None, map(wide_window, layers or ())))
+        if isinstance(axes, str) or 0 in leaf.shape or not all(map(takes_codes, windows)):
             return leaf
         step = None if ends is None else _step_of(ends, tuple(leaf.shape[: axes.stacked]))
         matrix = matrix_of(leaf, axes, step)
-        windows = list(filter(None, map(wide_window, layers or ())))
         by_output = isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1
-        if windows and not (by_output and all(map(takes_codes, windows))):
+        if windows and not by_output:
             return leaf
         return leaf if isinstance(matrix, str) else matrix
     if sparse is None or not layers or not is_kernel("", leaf) or gathered:

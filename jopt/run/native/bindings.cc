@@ -79,6 +79,19 @@ ffi::Error checked(const std::initializer_list<Operand>& operands, const Operand
   return ffi::Error::Success();
 }
 
+// Calls run(index) for each element of the batch.
+template <class Run>
+void over_leads(const Operand& y, const Run& run) {
+  Index index(y.lead(), 0);
+  for (int64_t count = y.batch(); count > 0; --count) {
+    run(index);
+    for (size_t axis = y.lead(); axis-- > 0;) {
+      if (++index[axis] < y.dims[axis]) break;
+      index[axis] = 0;
+    }
+  }
+}
+
 // Calls run(index, rows) for each element of the batch, or once for all rows where the batch
 // shares everything but x.
 template <class Run>
@@ -86,15 +99,8 @@ void over_batch(const Operand& x, const std::initializer_list<Operand>& shared, 
                 const Run& run) {
   bool together = x.batch() == y.batch();
   for (const Operand& each : shared) together = together && each.batch() == 1;
-  Index index(y.lead(), 0);
-  if (together) return run(index, y.batch() * x[0]);
-  for (int64_t count = y.batch(); count > 0; --count) {
-    run(index, x[0]);
-    for (size_t axis = y.lead(); axis-- > 0;) {
-      if (++index[axis] < y.dims[axis]) break;
-      index[axis] = 0;
-    }
-  }
+  if (together) return run(Index(y.lead(), 0), y.batch() * x[0]);
+  over_leads(y, [&](const Index& index) { run(index, x[0]); });
 }
 
 template <class T>
@@ -112,6 +118,19 @@ ffi::Error product(const Operand& x, int64_t inputs, int64_t outputs, const Oper
 #define JOPT_RETURN_IF_WRONG(expression)          \
   if (ffi::Error error = (expression); error.failure()) return error
 
+// What int8 codes (outputs, inputs) come with; zero may be empty.
+ffi::Error by_output(const Operand& codes, const Operand& scale, const Operand& zero) {
+  if (scale[0] != codes[0]) return wrong("scale", "be (outputs)");
+  if (zero[0] && zero[0] != codes[0]) return wrong("zero", "be empty or (outputs)");
+  return ffi::Error::Success();
+}
+
+Int8Weights int8_weights(const Operand& codes, const Operand& scale, const Operand& zero,
+                         const Index& index) {
+  return {at<int8_t>(codes, index), at<float>(scale, index),
+          zero[0] ? at<float>(zero, index) : nullptr, codes[0]};
+}
+
 // zero and fixed may be empty.
 ffi::Error Int8(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::S8> codes_,
                 ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_,
@@ -121,13 +140,11 @@ ffi::Error Int8(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<f
                 fixed = operand("fixed", fixed_, 1), y = operand("y", *y_, 2);
   JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, fixed}, y));
   JOPT_RETURN_IF_WRONG(product(x, codes[1], codes[0], y));
-  if (scale[0] != codes[0]) return wrong("scale", "be (outputs)");
-  if (zero[0] && zero[0] != codes[0]) return wrong("zero", "be empty or (outputs)");
+  JOPT_RETURN_IF_WRONG(by_output(codes, scale, zero));
   if (fixed[0] > 1) return wrong("fixed", "be empty or one number");
   Pool pool{threads};
   over_batch(x, {codes, scale, zero, fixed}, y, [&](const Index& index, int64_t rows) {
-    const Int8Weights w{at<int8_t>(codes, index), at<float>(scale, index),
-                        zero[0] ? at<float>(zero, index) : nullptr, codes[0]};
+    const Int8Weights w = int8_weights(codes, scale, zero, index);
     const float* in = at<float>(x, index);
     float* out = at<float>(y, index);
     if (round)
@@ -268,15 +285,9 @@ ffi::Error over_windows(const Operand& x, int64_t rows, int64_t columns, const O
   if (padding.size() != 2 || padding[0] < 0 || padding[1] < 0)
     return wrong("padding", "be two numbers, at least 0");
   if (y[0] != x[0]) return wrong("the result", "have x's batch");
-  Index index(y.lead(), 0);
-  for (int64_t count = y.batch(); count > 0; --count) {
-    run(index, Window{x[0],       x[1],       x[2],       x[3],       rows, columns,
-                      strides[0], strides[1], padding[0], padding[1], y[1], y[2]});
-    for (size_t axis = y.lead(); axis-- > 0;) {
-      if (++index[axis] < y.dims[axis]) break;
-      index[axis] = 0;
-    }
-  }
+  const Window window{x[0],       x[1],       x[2],       x[3],       rows, columns,
+                      strides[0], strides[1], padding[0], padding[1], y[1], y[2]};
+  over_leads(y, [&](const Index& index) { run(index, window); });
   return ffi::Error::Success();
 }
 
@@ -308,14 +319,12 @@ ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
   if (size.size() != 2 || size[0] < 1 || size[1] < 1)
     return wrong("size", "be two numbers, at least 1");
   if (codes[1] != size[0] * size[1] * x[3]) return wrong("codes", "be (outputs, window)");
-  if (scale[0] != codes[0]) return wrong("scale", "be (outputs)");
-  if (zero[0] && zero[0] != codes[0]) return wrong("zero", "be empty or (outputs)");
+  JOPT_RETURN_IF_WRONG(by_output(codes, scale, zero));
   if (y[3] != codes[0]) return wrong("the result", "have the codes' outputs");
   Pool pool{threads};
   return over_windows(x, size[0], size[1], y, strides, padding,
                       [&](const Index& index, const Window& window) {
-    const Int8Weights w{at<int8_t>(codes, index), at<float>(scale, index),
-                        zero[0] ? at<float>(zero, index) : nullptr, codes[0]};
+    const Int8Weights w = int8_weights(codes, scale, zero, index);
     run_int8_convolution(pool, at<float>(x, index), w, window, at<float>(y, index));
   });
 }
@@ -325,7 +334,6 @@ ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
                      ffi::Span<const int64_t> padding) {
   const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 3),
                 y = operand("y", *y_, 4);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
   JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels)");
   if (y[3] != x[3]) return wrong("the result", "have x's channels");

@@ -120,12 +120,7 @@ JOPT_INLINE void int4_tile(const Codes8& x, const GroupSums& sums, const Int4Wei
     }
   }
   float whole[R][T];
-  if constexpr (R == 4 && T == 1) {
-    f_sum4(&total[0][0], &whole[0][0]);
-  } else {
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) whole[r][t] = f_sum(total[r][t]);
-  }
+  sum_each(total, whole);
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) {
       double value = whole[r][t];

@@ -10,6 +10,20 @@ JOPT_INLINE double less_zero(const Total* total, const float* zero, int64_t m, i
   return zero ? sum - (double)zero[n] * total[m] : sum;
 }
 
+JOPT_INLINE float v_sum(F v) { return f_sum(v); }
+JOPT_INLINE int32_t v_sum(I v) { return i_sum(v); }
+
+// The sums of vectors of floats or of integers.
+template <class Vector, class Sum, int R, int T>
+JOPT_INLINE void sum_each(const Vector (&from)[R][T], Sum (&to)[R][T]) {
+  if constexpr (R == 4 && T == 1) {
+    v_sum4(&from[0][0], &to[0][0]);
+  } else {
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) to[r][t] = v_sum(from[r][t]);
+  }
+}
+
 // R outputs by T rows of activations: the codes of an output are read once for all T.
 template <int R, int T>
 JOPT_INLINE void int8_tile(const Codes8& x, const Int8Weights& w, int64_t n, int64_t m, float* y) {
@@ -41,12 +55,7 @@ JOPT_INLINE void int8_tile(const Codes8& x, const Int8Weights& w, int64_t n, int
     }
   }
   int32_t sums[R][T];
-  if constexpr (R == 4 && T == 1) {
-    i_sum4(&sum[0][0], &sums[0][0]);
-  } else {
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) sums[r][t] = i_sum(sum[r][t]);
-  }
+  sum_each(sum, sums);
   JOPT_UNROLL for (int r = 0; r < R; ++r) JOPT_UNROLL for (int t = 0; t < T; ++t) {
     const int32_t exact = sums[r][t] - (kShift ? kShift * x.total[m + t] : 0);
     y[(m + t) * w.outputs + n + r] =

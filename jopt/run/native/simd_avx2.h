@@ -27,7 +27,7 @@ JOPT_INLINE float f_sum(F v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 // The sums of four vectors.
-JOPT_INLINE void f_sum4(const F* v, float* out) {
+JOPT_INLINE void v_sum4(const F* v, float* out) {
   F all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
@@ -101,7 +101,7 @@ JOPT_INLINE int32_t i_sum(I v) {
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
-JOPT_INLINE void i_sum4(const I* v, int32_t* out) {
+JOPT_INLINE void v_sum4(const I* v, int32_t* out) {
   I all = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
   __m128i low = _mm256_castsi256_si128(all), high = _mm256_extracti128_si256(all, 1);
   _mm_storeu_si128((__m128i*)out, _mm_add_epi32(low, high));

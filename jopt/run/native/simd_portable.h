@@ -41,7 +41,7 @@ JOPT_INLINE float f_sum(F v) {
   const float* p = v.v;
   return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
 }
-JOPT_INLINE void f_sum4(const F* v, float* out) {
+JOPT_INLINE void v_sum4(const F* v, float* out) {
   for (int i = 0; i < 4; ++i) out[i] = f_sum(v[i]);
 }
 
@@ -121,7 +121,7 @@ JOPT_INLINE int32_t i_sum(I v) {
   for (int i = 0; i < 8; ++i) sum += v.v[i];
   return sum;
 }
-JOPT_INLINE void i_sum4(const I* v, int32_t* out) {
+JOPT_INLINE void v_sum4(const I* v, int32_t* out) {
   for (int i = 0; i < 4; ++i) out[i] = i_sum(v[i]);
 }
 
