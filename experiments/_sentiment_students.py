@@ -6,18 +6,23 @@ approximation of their table by rank), it is pruned, and trained through the rou
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from experiments import _bert, _compress, _distill_training, _parts, _results, _sentiment_network
+from experiments import (
+    _bert,
+    _compress,
+    _distill_training,
+    _parts,
+    _results,
+    _sentiment_network,
+    _sentiment_taught,
+)
 from experiments._sentiment_network import KERNELS, Made
 from experiments._sentiment_taught import Loss, Row, Taught, Tree
-from jopt import distill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Students(Taught):
             real = batch.images != run.padding
             own = _bert.inside(module, params, batch.images, real, batch.key)
             whole = _bert.inside(run.module, teacher, batch.images, real)
-            return inner_losses(own, whole, places, real).mean(), teacher
+            return _sentiment_taught.inner_losses(own, whole, places, real).mean(), teacher
 
         start = _bert.some_layers(self.teacher, places)
         epochs = settings.feature_epochs
@@ -148,26 +153,6 @@ class Students(Taught):
         for about, make in shapes.items():
             scores.add(*about, make)
         return scores.measured(lambda: scores.made(self.teacher, shapes))
-
-
-def inner_losses(
-    student: _bert.Inside, teacher: _bert.Inside, places: Sequence[int], real: Array
-) -> Array:
-    """Return the loss of each sentence by hidden states and attention scores, (batch,).
-
-    Args:
-      student: what is inside it.
-      teacher: what is inside it, as wide.
-      places: the teacher's layer for each of the student's.
-      real: booleans, (batch, length).
-    """
-    losses = [distill.hidden_state_loss(student.hidden[0], teacher.hidden[0], real)]
-    for number, place in enumerate(places):
-        pair = student.hidden[number + 1], teacher.hidden[place + 1]
-        losses.append(distill.hidden_state_loss(*pair, real))
-        scores = student.scores[number], teacher.scores[place]
-        losses.append(distill.attention_score_loss(*scores, real))
-    return jnp.sum(jnp.stack(losses), 0)
 
 
 def smoke(settings: Settings) -> Settings:

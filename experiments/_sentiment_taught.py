@@ -5,7 +5,7 @@ the halves of two, which have no label (`experiments.distill_text`).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from experiments import (
     _sentiment_network,
     distill_text,
 )
+from jopt import distill
 
 Tree = Any
 Row = dict[str, Any]
@@ -165,3 +166,23 @@ class Taught:
     def measure(self, held: _parts.Held) -> _sentiment_network.Measured:
         """Train and score the networks of the seed that results do not hold."""
         raise NotImplementedError
+
+
+def inner_losses(
+    student: _bert.Inside, teacher: _bert.Inside, places: Sequence[int], real: Array
+) -> Array:
+    """Return the loss of each sentence by hidden states and attention scores, (batch,).
+
+    Args:
+      student: what is inside it.
+      teacher: what is inside it, as wide.
+      places: the teacher's layer for each of the student's.
+      real: booleans, (batch, length).
+    """
+    losses = [distill.hidden_state_loss(student.hidden[0], teacher.hidden[0], real)]
+    for number, place in enumerate(places):
+        pair = student.hidden[number + 1], teacher.hidden[place + 1]
+        losses.append(distill.hidden_state_loss(*pair, real))
+        scores = student.scores[number], teacher.scores[place]
+        losses.append(distill.attention_score_loss(*scores, real))
+    return jnp.sum(jnp.stack(losses), 0)

@@ -1,7 +1,7 @@
 """Sentiment, with more training: weights, units and layers go while the whole network teaches.
 
 - *pruned*: weights of all layers go step by step, by magnitude or by movement, while the teacher
-  teaches; then the rest recovers.
+  teaches its answers, hidden states and attention scores; then the rest recovers.
 - *shrunk*: half of the attention heads and of the hidden units of every layer are removed, those
   that the loss needs least to first order, or two whole layers.
 """
@@ -23,6 +23,7 @@ from experiments import (
     _parts,
     _results,
     _sentiment_network,
+    _sentiment_taught,
 )
 from experiments._sentiment_network import KERNELS, Made
 from experiments._sentiment_taught import Row, Taught, Tree
@@ -56,9 +57,11 @@ def prunings() -> dict[str, Any]:
 class Settings:
     """What decides the outcome beside the settings of the network and its lessons."""
 
-    prune_epochs: int = 6
-    score_rate: float = 1e-3  # Adam's, of the scores of movement; at the paper's 1e-2 they drift
-    select_every: int = 10  # steps between choices of masks by these scores
+    prune_epochs: int = 8
+    prune_rate: float = 3e-4  # Adam's
+    score_rate: float = 3e-4  # Adam's, of the scores of movement; at the paper's 1e-2 they drift
+    select_every: int = 10  # steps between choices of masks
+    inner_weight: float = 1.0  # of hidden states and attention scores beside the answers
     units: float = 0.5  # of heads and of hidden units that are removed
     layers: tuple[int, ...] = (0, 1, 3, 5)  # that stay where whole layers are removed
     shrunk_epochs: int = 2
@@ -71,25 +74,37 @@ class Trained(Taught):
 
     # --- Pruned -----------------------------------------------------------------------------------
 
+    def lesson(self, params: Tree, teacher: Tree, batch: _distill_training.Batch) -> Array:
+        """Return the loss by answers and by all layers' states and scores, without dropout."""
+        module, real = self.run.module, batch.images != self.run.padding
+        own, whole = (_bert.inside(module, each, batch.images, real) for each in (params, teacher))
+        places = range(module.encoder.layers)
+        inner = _sentiment_taught.inner_losses(own, whole, places, real)
+        answers = self.mixed(own.features.logits, batch)
+        return answers.mean() + self.settings.inner_weight * inner.mean()
+
     def by_magnitude(self, sparsity: float) -> Made:
         """Remove the smallest weights step by step; what is gone stays gone."""
-        steps = self.steps * self.settings.prune_epochs
+        settings, steps = self.settings, self.steps * self.settings.prune_epochs
         schedule = prune.cubic_schedule(sparsity, 0, steps // 2)
-        rule = prune.gradual(schedule, max(1, min(10, steps // 8)), select=SELECT)
-        tx = prune.sparse_training(
-            optax.adam(_compress.rate_while_pruning(self.run.settings.rate, steps)), rule
-        )
-        loss = self.taught(self.run.training_logits)
-        name = f"magnitude-{sparsity:g}"
-        return self.fit(name, loss, self.teacher, self.settings.prune_epochs, tx), {}, None
+        every = max(1, min(settings.select_every, steps // 8))
+        rule = prune.gradual(schedule, every, select=SELECT)
+        rate = _compress.rate_while_pruning(settings.prune_rate, steps)
+        tx = prune.sparse_training(optax.adam(rate), rule)
+
+        def loss(params: Tree, teacher: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
+            return self.lesson(params, teacher, batch), teacher
+
+        name, epochs = f"magnitude-{sparsity:g}", settings.prune_epochs
+        return self.fit(name, loss, self.teacher, epochs, tx, self.teacher), {}, None
 
     def by_movement(self, sparsity: float) -> Made:
         """Remove the weights whose scores, which are trained along, are lowest; some come back.
 
-        Scores start at the magnitudes, by the mean of their kernel's: a fine-tuned network's first
-        gradients are noise, and scores that start at zero would remove weights at random.
+        Scores start at the magnitudes, by the mean of all: a fine-tuned network's first gradients
+        are noise, and scores that start at zero would remove weights at random.
         """
-        steps, every = self.steps * self.settings.prune_epochs, self.settings.select_every
+        settings, steps = self.settings, self.steps * self.settings.prune_epochs
         schedule = prune.cubic_schedule(sparsity, 0, steps // 2)
 
         def loss(both: Tree, state: Tree, batch: _distill_training.Batch) -> tuple[Array, Tree]:
@@ -98,21 +113,26 @@ class Trained(Taught):
             def choose() -> Tree:
                 return SELECT(both["scores"], jnp.asarray(schedule(count)))
 
-            masks = jax.lax.cond(count % every == 0, choose, lambda: masks)
+            masks = jax.lax.cond(count % settings.select_every == 0, choose, lambda: masks)
             masked = prune.movement_params(both["params"], both["scores"], 0, lambda *_: masks)
-            logits = self.run.training_logits(masked, batch.images, batch.key)
-            return self.mixed(logits, batch).mean(), {"count": count + 1, "masks": masks}
+            value = self.lesson(masked, state["teacher"], batch)
+            return value, state | {"count": count + 1, "masks": masks}
 
+        masks = SELECT(self.teacher, 0.0)
+        scored = jax.tree.map(lambda mask: "scores" if mask.ndim else "none", masks)
+        rate = _compress.rate_while_pruning(settings.prune_rate, steps)
         rates: dict[Any, optax.GradientTransformation] = {
-            "params": optax.adam(_compress.rate_while_pruning(self.run.settings.rate, steps)),
-            "scores": optax.adam(self.settings.score_rate),
+            "params": optax.adam(rate),
+            "scores": optax.adam(settings.score_rate),
+            "none": optax.set_to_zero(),
         }
-        tx = optax.multi_transform(rates, {"params": "params", "scores": "scores"})
-        state = {"count": jnp.zeros((), jnp.int32), "masks": SELECT(self.teacher, 0.0)}
-        scores = jax.tree.map(lambda w: jnp.abs(w) / jnp.abs(w).mean(), self.teacher)
-        both = {"params": self.teacher, "scores": scores}
-        name, epochs = f"movement-{sparsity:g}", self.settings.prune_epochs
-        found = self.fit(name, loss, both, epochs, tx, state)
+        tx = optax.multi_transform(rates, {"params": "params", "scores": scored})
+        sizes = jax.tree.map(jnp.abs, self.teacher)
+        pairs = zip(jax.tree.leaves(sizes), jax.tree.leaves(masks), strict=True)
+        unit = jnp.mean(jnp.concatenate([size.ravel() for size, mask in pairs if mask.ndim]))
+        both = {"params": self.teacher, "scores": jax.tree.map(lambda size: size / unit, sizes)}
+        state = {"count": jnp.zeros((), jnp.int32), "masks": masks, "teacher": self.teacher}
+        found = self.fit(f"movement-{sparsity:g}", loss, both, settings.prune_epochs, tx, state)
         return prune.apply_masks(found["params"], SELECT(found["scores"], sparsity)), {}, None
 
     # --- Shrunk -----------------------------------------------------------------------------------

@@ -102,13 +102,38 @@ static void expect(const char* what, const Rows& x, int64_t outputs, bool rounde
     }
 }
 
+// Rows of words of four bytes, (outputs, words, 4), to panels, (panels, words, 16, 4).
+template <class T>
+static std::vector<T> in_panels(const std::vector<T>& rows, int64_t outputs, int64_t words,
+                                int64_t item = 4) {
+  std::vector<T> panels(round_up(outputs, kPanel) * words * item);
+  for (int64_t n = 0; n < outputs; ++n)
+    for (int64_t i = 0; i < words; ++i)
+      for (int64_t b = 0; b < item; ++b)
+        panels[((n / kPanel * words + i) * kPanel + n % kPanel) * item + b] =
+            rows[(n * words + i) * item + b];
+  return panels;
+}
+
+// int8 codes (outputs, inputs), filled up to whole words.
+static std::vector<int8_t> in_panels8(const std::vector<int8_t>& codes, int64_t outputs,
+                                      int64_t inputs) {
+  const int64_t wide = round_up(inputs, kBytes);
+  std::vector<int8_t> rows(outputs * wide);
+  for (int64_t n = 0; n < outputs; ++n)
+    for (int64_t i = 0; i < inputs; ++i) rows[n * wide + i] = codes[n * inputs + i];
+  return in_panels(rows, outputs, wide / kWord);
+}
+
 template <class Pool>
 static void check_int8(Pool& pool, const Rows& x, int64_t outputs) {
   std::vector<int8_t> codes(outputs * x.inputs);
   for (int8_t& code : codes) code = (int8_t)pick(-128, 127);
   const std::vector<float> scale = normals(outputs), zero = normals(outputs);
+  const std::vector<int8_t> panels = in_panels8(codes, outputs, x.inputs);
+  const int64_t words = round_up(x.inputs, kBytes) / kWord;
   for (bool shifted : {false, true}) {
-    const Int8Weights w{codes.data(), scale.data(), shifted ? zero.data() : nullptr, outputs};
+    const Int8Weights w{panels.data(), scale.data(), shifted ? zero.data() : nullptr, words, outputs};
     auto weight = [&](int64_t n, int64_t i) {
       return (double)scale[n] * (codes[n * x.inputs + i] - (shifted ? zero[n] : 0.0f));
     };
@@ -135,31 +160,37 @@ static void check_int4(Pool& pool, const Rows& x, int64_t outputs) {
     }
   const std::vector<float> scale = normals(outputs * groups), zero = normals(outputs * groups);
   const bool shifted = pick(0, 1);
-  const Int4Weights even{packed.data(), width,  scale.data(), shifted ? zero.data() : nullptr,
-                         groups,        group,  nullptr,      0,
+  const std::vector<uint8_t> panels = in_panels(packed, outputs, width / kWord);
+  const std::vector<float> scales = in_panels(scale, outputs, groups, 1);
+  const std::vector<float> zeros = in_panels(zero, outputs, groups, 1);
+  const Int4Weights even{panels.data(), scales.data(), shifted ? zeros.data() : nullptr,
+                         width / kWord, groups,        group,
                          outputs};
   std::vector<float> y(x.rows * outputs);
-  run_int4(pool, x.data.data(), x.rows, inputs, even, y.data());
-  expect("int4 x int8", x, outputs, true, y, [&](int64_t n, int64_t i) {
+  auto level = [&](int64_t n, int64_t i) {
     const int64_t at = n * groups + i / group;
     return (double)scale[at] * (codes[n * inputs + i] - 8 - (shifted ? zero[at] : 0.0f));
-  });
+  };
+  run_int4(pool, x.data.data(), x.rows, inputs, even, y.data());
+  expect("int4 x int8", x, outputs, true, y, level);
+  run_int4_float(pool, x.data.data(), x.rows, inputs, even, y.data());
+  expect("int4 x float", x, outputs, false, y, level);
   if (!outputs) return;
   const int64_t tables = pick(0, 1) ? 1 : outputs;
   const std::vector<float> table = normals(tables * 16);
   const bool scaled = pick(0, 1);
-  const Int4Weights looked{packed.data(), width, scaled ? scale.data() : nullptr, nullptr, groups,
-                           group,         table.data(), tables, outputs};
+  const Codebook looked{packed.data(), width,        scaled ? scale.data() : nullptr, groups,
+                        group,         table.data(), tables,                          outputs};
   auto at = [&](int64_t n, int64_t i) {
     return (double)(scaled ? scale[n * groups + i / group] : 1.0f);
   };
   auto entry = [&](int64_t n, int64_t i) {
     return table[(tables > 1 ? 16 * n : 0) + codes[n * inputs + i]];
   };
-  run_codebook(pool, x.data.data(), x.rows, inputs, looked, y.data());
+  run_codebook_float(pool, x.data.data(), x.rows, inputs, looked, y.data());
   expect("codebook x float", x, outputs, false, y,
          [&](int64_t n, int64_t i) { return at(n, i) * entry(n, i); });
-  run_int4(pool, x.data.data(), x.rows, inputs, looked, y.data());
+  run_codebook(pool, x.data.data(), x.rows, inputs, looked, y.data());
   expect("codebook x int8", x, outputs, true, y, [&](int64_t n, int64_t i) {
     float most = 0;
     for (int k = 0; k < 16; ++k)
@@ -270,7 +301,9 @@ static void check_windows(Pool& pool, int kind) {
         codes[n * inputs + k] = (int8_t)pick(-128, 127);
         kernel[k * outputs + n] = scale[n] * (codes[n * inputs + k] - (shifted ? zero[n] : 0.0f));
       }
-    const Int8Weights w{codes.data(), scale.data(), shifted ? zero.data() : nullptr, outputs};
+    const std::vector<int8_t> panels = in_panels8(codes, outputs, inputs);
+    const int64_t words = round_up(inputs, kBytes) / kWord;
+    const Int8Weights w{panels.data(), scale.data(), shifted ? zero.data() : nullptr, words, outputs};
     run_int8_convolution(pool, x.data(), w, s, y.data());
   }
   size_t at = 0;

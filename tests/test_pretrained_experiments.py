@@ -23,6 +23,7 @@ from experiments import (
     _sentences,
     _sentiment_after,
     _sentiment_students,
+    _sentiment_taught,
     embeddings,
     imagenet_net,
     sentiment,
@@ -218,9 +219,9 @@ def test_what_happens_inside_a_student_is_what_its_own_layers_do_in_the_teacher(
     said = SentenceFeatures(jnp.zeros((2, 2)), jnp.zeros((2, 6)))
     teacher = _bert.Inside(said, tuple(hidden), tuple(scores))
     student = _bert.Inside(said, (hidden[0], hidden[3]), (scores[2],))
-    loss = _sentiment_students.inner_losses(student, teacher, (2,), real)
+    loss = _sentiment_taught.inner_losses(student, teacher, (2,), real)
     np.testing.assert_allclose(loss, np.zeros(2), atol=1e-7)
-    assert (_sentiment_students.inner_losses(student, teacher, (1,), real) > 0.1).all()
+    assert (_sentiment_taught.inner_losses(student, teacher, (1,), real) > 0.1).all()
 
 
 def test_steps_see_every_sentence_once_and_no_more_words_than_they_have():

@@ -11,7 +11,7 @@ import jopt
 from jopt import codec, quant, run
 from jopt._leaves import Prepared
 from jopt.run import _pallas, _probe
-from jopt.run._matrices import pack4, pack_bits, unpack4, unpack_bits
+from jopt.run._packing import pack4, pack_bits, unpack4, unpack_bits
 from tests import nets
 
 SPECS = {

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from flax import linen
 import jopt
 from jopt import quant, run
 from jopt.run import _build, _forms, _native
+from jopt.run._packing import into_panels, out_of_panels, rows_at
 from tests.conftest import COMPILER
 from tests.test_run import MAKERS, _tree, apply, reference
 
@@ -33,6 +35,12 @@ def native(tmp_path_factory):
     os.environ["JOPT_NATIVE"] = before
     del os.environ["JOPT_CACHE"]
     _build._loaded.cache_clear()
+
+
+def panels(codes):
+    """Lay int8 codes, (..., outputs, inputs), out as kernels read them."""
+    fill = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % 32)]
+    return into_panels(jnp.pad(codes, fill), 4)
 
 
 @needs_compiler
@@ -97,7 +105,7 @@ def test_steps_and_scales_of_any_size_do_not_overflow_on_the_way(native, fixed, 
     steps = jnp.array([1e30, 1.0, 1e-30]) if fixed is None else jnp.full(3, fixed)
     x = jnp.resize(steps, rows)[:, None] * jnp.full((rows, 64), 127.0)
     given = None if fixed is None else jnp.full(1, fixed)
-    outputs = _native.int8_product(x, codes, scale, None, given, rounded=True)
+    outputs = _native.int8_product(x, panels(codes), scale, None, given, rounded=True)
     exact = np.asarray(x, np.float64) @ np.asarray(codes, np.float64).T * np.asarray(scale)
     with np.errstate(over="ignore"):
         expected = exact.astype(np.float32)
@@ -109,7 +117,7 @@ def test_steps_and_scales_of_any_size_do_not_overflow_on_the_way(native, fixed, 
 @needs_compiler
 def test_a_row_that_is_not_finite_has_no_finite_output(native):
     x = jnp.ones((20, 70)).at[3, 5].set(jnp.nan).at[7, 0].set(jnp.inf)
-    codes, scale = jnp.ones((17, 70), jnp.int8), jnp.ones(17)
+    codes, scale = panels(jnp.ones((17, 70), jnp.int8)), jnp.ones(17)
     rounded = _native.int8_product(x, codes, scale, rounded=True)
     assert np.isnan(rounded[jnp.array([3, 7])]).all()
     kept = _native.int8_product(x, codes, scale, rounded=False)
@@ -123,13 +131,24 @@ def test_as_many_inputs_as_fit_are_summed_exactly_and_more_are_refused(native):
     longest = _forms.LONGEST
     x, codes = jnp.full((9, longest), 127.0), jnp.full((1, longest), -128, jnp.int8)
     for rows in (1, 9):
-        outputs = _native.int8_product(x[:rows], codes, jnp.ones(1), rounded=True)
+        outputs = _native.int8_product(x[:rows], panels(codes), jnp.ones(1), rounded=True)
         np.testing.assert_array_equal(outputs, np.float32(-127 * 128 * longest))
     with pytest.raises(Exception, match=r"jopt: weights must have at most 2\^16 inputs"):
-        more = jnp.ones((1, longest + 1), jnp.int8)
+        more = panels(jnp.ones((1, longest + 1), jnp.int8))
         jax.block_until_ready(
             _native.int8_product(jnp.ones((1, longest + 1)), more, jnp.ones(1), rounded=True)
         )
+
+
+@pytest.mark.parametrize(("rows", "count", "item"), [(1, 3, 1), (16, 2, 4), (37, 5, 4), (0, 2, 1)])
+def test_panels_hold_the_rows_that_went_in(rows, count, item):
+    draw = np.random.default_rng(0)
+    given = jnp.asarray(draw.integers(0, 256, (2, rows, count * item)), jnp.uint8)
+    laid = into_panels(given, item)
+    assert laid.shape == (2, -(-rows // 16), count, 16, item)
+    np.testing.assert_array_equal(out_of_panels(laid, rows), given)
+    some = jnp.asarray([rows - 1, 0][: 2 * bool(rows)], jnp.int32)
+    np.testing.assert_array_equal(rows_at(laid[0], some), given[0, some])
 
 
 @needs_compiler
@@ -140,7 +159,7 @@ def test_kernels_run_over_copies_nested_and_shared(native):
     scale = jnp.asarray(draw.random(5), jnp.float32)
 
     def product(x, codes):
-        return _native.int8_product(x, codes, scale, rounded=False)
+        return _native.int8_product(x, panels(codes), scale, rounded=False)
 
     both = jax.jit(jax.vmap(jax.vmap(product, (0, None)), (None, 0)))(x, codes)
     expected = np.einsum(
@@ -155,16 +174,29 @@ def test_kernels_run_over_copies_nested_and_shared(native):
 
 @needs_compiler
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
-    x, codes, scale = jnp.ones((2, 70)), jnp.ones((5, 70), jnp.int8), jnp.ones(5)
+    x, codes, scale = jnp.ones((2, 70)), panels(jnp.ones((5, 70), jnp.int8)), jnp.ones(5)
     packed, group = jnp.ones((5, 64), jnp.uint8), {"group": 64, "rounded": True}
+    four, scales = into_panels(packed, 4), jnp.ones((1, 2, 16, 1))
+    about: dict[str, Any] = {"outputs": 5} | group
+    odd: dict[str, Any] = about | {"group": 48}
+    more: dict[str, Any] = about | {"outputs": 17}
+    table = jnp.ones((5, 16))
     calls = [
-        lambda: _native.int8_product(x, codes[:, :60], scale, rounded=True),
-        lambda: _native.int8_product(x, codes, scale[:4], rounded=True),
+        lambda: _native.int8_product(x, codes[:, :-1], scale, rounded=True),
+        lambda: _native.int8_product(x, codes[..., :8, :], scale, rounded=True),
+        lambda: _native.int8_product(x, codes, jnp.ones(17), rounded=True),
         lambda: _native.int8_product(x, codes, scale, scale[:2], rounded=True),
-        lambda: _native.int4_product(x, packed[:, :32], jnp.ones((5, 2)), **group),
-        lambda: _native.int4_product(x, packed, jnp.ones((5, 1)), **group),
-        lambda: _native.int4_product(x, packed, jnp.ones((5, 2)), group=48, rounded=True),
-        lambda: _native.int4_product(x, packed, jnp.ones((5, 2)), group=64, rounded=False),
+        lambda: _native.int4_product(x, four[:, :8], scales, **about),
+        lambda: _native.int4_product(x, four, scales[:, :1], **about),
+        lambda: _native.int4_product(x, four, scales, scales[:, :, :8], **about),
+        lambda: _native.int4_product(x, four, scales, **odd),
+        lambda: _native.int4_product(x, four, scales, **more),
+        lambda: _native.codebook_product(x, packed[:, :32], jnp.ones((5, 2)), table, **group),
+        lambda: _native.codebook_product(x, packed, jnp.ones((5, 1)), table, **group),
+        lambda: _native.codebook_product(x, packed, jnp.ones((5, 2)), table[:3], **group),
+        lambda: _native.codebook_product(
+            x, packed, jnp.ones((5, 2)), table, group=48, rounded=True
+        ),
         lambda: _native.signs_product(x, packed[:, :8], scale),
         lambda: _native.floats_product(x, jnp.ones((60, 5))),
         lambda: _native.convolution(x.reshape(1, 2, 7, 10), jnp.ones((2, 2, 9, 4)), (1, 1), EDGES),

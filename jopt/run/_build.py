@@ -16,6 +16,7 @@ from jopt._compiling import SWITCH, Unavailable, compiled, library
 TARGETS = (
     "int8",
     "int4",
+    "codebook",
     "signs",
     "binary",
     "sparse",

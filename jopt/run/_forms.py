@@ -21,8 +21,8 @@ from jopt.run._matrices import (
     Matrix,
     SignMatrix,
     SparseMatrix,
-    pack_bits,
 )
+from jopt.run._packing import pack_bits
 
 Product = Callable[[Any, jax.Array], jax.Array]
 LONGEST = 1 << 16  # inputs: sums of products of bytes stay within int32
@@ -121,9 +121,10 @@ def _xla_rounded(matrix: Any, rows: jax.Array) -> jax.Array:
     fixed = matrix.input_scale if isinstance(matrix, Int8Matrix) else None
     codes, step = round_rows(rows, fixed)
     if isinstance(matrix, Int4Matrix):
+        matrix = matrix.by_rows()
         weights = matrix.codes().astype(jnp.int8) - 8
     else:
-        weights = matrix.codes
+        weights = matrix.by_rows()
     groups = matrix.scale.shape[-1]
     if groups == 1:
         sums = _integer_dot(codes, weights).astype(jnp.float32)[..., None, :, :]
@@ -169,20 +170,15 @@ def _native_int8(matrix: Int8Matrix, rows: jax.Array, rounded: bool) -> jax.Arra
 
 
 def _native_int4(matrix: Int4Matrix, rows: jax.Array, rounded: bool) -> jax.Array:
-    product = partial(_native.int4_product, group=matrix.group, rounded=rounded)
+    about = {"outputs": matrix.outputs, "group": matrix.group, "rounded": rounded}
+    arrays = {"packed": matrix.packed, "scale": matrix.scale, "zero": matrix.zero_point}
+    return _with_arrays(partial(_native.int4_product, **about), matrix, rows, arrays)
+
+
+def _native_codebook(matrix: Int4Matrix, rows: jax.Array, rounded: bool) -> jax.Array:
+    product = partial(_native.codebook_product, group=matrix.group, rounded=rounded)
     arrays = {"packed": matrix.packed, "scale": matrix.scale, "table": matrix.table}
-    if rounded or matrix.table is not None:
-        return _with_arrays(product, matrix, rows, arrays | {"zero": matrix.zero_point})
-    levels = jnp.arange(-8, 8, dtype=jnp.float32)
-    arrays["table"] = jnp.broadcast_to(levels, (*matrix.stacked, 1, 16))
-    outputs = _with_arrays(product, matrix, rows, arrays)
-    if matrix.zero_point is None:
-        return outputs
-    shift = matrix.scale * matrix.zero_point.astype(jnp.float32)
-    fill = matrix.group * shift.shape[-1] - rows.shape[-1]
-    filled = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, fill)])
-    totals = filled.reshape(*rows.shape[:-1], shift.shape[-1], matrix.group).sum(-1)
-    return outputs - _contract(totals, shift, jnp.float32)
+    return _with_arrays(product, matrix, rows, arrays)
 
 
 def _native_signs(matrix: SignMatrix, rows: jax.Array) -> jax.Array:
@@ -204,15 +200,17 @@ def native_here() -> str | None:
 
 
 def _native_forms(matrix: Matrix, rounded: bool) -> list[Form]:
-    if isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1:
-        if rounded:
-            return [Form("native int8 x int8", partial(_native_int8, rounded=True))]
-        return [Form("native int8 x float", partial(_native_int8, rounded=False), 16)]
-    if isinstance(matrix, Int4Matrix):
-        kind = "int4" if matrix.table is None else "codebook"
-        if rounded:
-            return [Form(f"native {kind} x int8", partial(_native_int4, rounded=True), 64)]
-        return [Form(f"native {kind} x float", partial(_native_int4, rounded=False), 16)]
+    product, kind = None, ""
+    if isinstance(matrix, Int8Matrix) and matrix.panels:
+        product, kind = _native_int8, "int8"
+    elif isinstance(matrix, Int4Matrix) and matrix.panels:
+        product, kind = _native_int4, "int4"
+    elif isinstance(matrix, Int4Matrix) and matrix.table is not None:
+        product, kind = _native_codebook, "codebook"
+    if product is not None:
+        few = 16 if not rounded else 64 if kind == "codebook" else math.inf
+        to = "int8" if rounded else "float"
+        return [Form(f"native {kind} x {to}", partial(product, rounded=rounded), few)]
     if isinstance(matrix, SignMatrix):
         return [Form("native signs x float", _native_signs, 16)]
     if isinstance(matrix, SparseMatrix):

@@ -13,9 +13,15 @@ import jax.numpy as jnp
 
 from jopt._arrays import expand_blocks, hadamard
 from jopt._leaves import Prepared
-
-BLOCK = 64  # 4-bit codes that are packed together, into 32 bytes
-WORD = 32  # signs that are packed together
+from jopt.run._packing import (
+    BLOCK,
+    BYTES,
+    into_panels,
+    out_of_panels,
+    rows_at,
+    unpack4,
+    unpack_bits,
+)
 
 
 class Matrix(Prepared):
@@ -57,6 +63,10 @@ class Matrix(Prepared):
         axes = range(-len(self.trailing), 0)
         return math.prod(self.trailing[axis] for axis in axes if axis not in self.contracted)
 
+    def in_panels(self) -> Any:
+        """Return the matrix in panels, as native kernels read it, if its kind has them."""
+        return self
+
     def restore(self) -> jax.Array:
         """Return the array that this leaf stands for."""
         rank = len(self.trailing)
@@ -73,11 +83,13 @@ class Int8Matrix(Matrix):
     """Hold a kernel as int8 codes: `x ~ scale * (codes - zero_point)`.
 
     Attributes:
-      codes: int8, `(..., outputs, inputs)`.
+      codes: int8, `(..., outputs, inputs)`; in panels `(..., panels, words, 16, 4)`, the inputs
+        filled up to a multiple of 32.
       scale: float32, `(..., outputs, groups)`: each covers `inputs // groups` codes in a row.
       zero_point: the code that stands for 0.0, of scale's shape, or None for 0.
       input_scale: float32, `(..., 1)`, or None: the step to which inputs are rounded where they
         are rounded at all; without it each row of inputs has its own.
+      panels: static; whether the codes lie in panels, as native kernels read them.
       trailing: as in `Matrix`.
       contracted: as in `Matrix`.
       dtype: static; that of the restored array.
@@ -93,6 +105,7 @@ class Int8Matrix(Matrix):
     scale: jax.Array
     zero_point: jax.Array | None = None
     input_scale: jax.Array | None = None
+    panels: bool = struct.field(pytree_node=False, default=False)
     trailing: tuple[int, ...] = struct.field(pytree_node=False, default=())
     contracted: tuple[int, ...] = struct.field(pytree_node=False, default=(-2,))
     dtype: Any = struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
@@ -100,18 +113,40 @@ class Int8Matrix(Matrix):
     @property
     def stacked(self) -> tuple[int, ...]:
         """Return the sizes of the axes that stack kernels."""
-        return self.codes.shape[:-2]
+        return self.codes.shape[: -4 if self.panels else -2]
+
+    def in_panels(self) -> "Int8Matrix":
+        """Return the matrix in panels, which only one with one scale an output has."""
+        if self.panels or self.scale.shape[-1] != 1:
+            return self
+        fill = [(0, 0)] * (self.codes.ndim - 1) + [(0, -self.inputs % 32)]
+        codes = into_panels(jnp.pad(self.codes, fill), BYTES)
+        return self.replace(codes=codes, panels=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def by_rows(self) -> jax.Array:
+        """Return the codes, int8, `(..., outputs, inputs)`."""
+        if not self.panels:
+            return self.codes
+        return out_of_panels(self.codes, self.outputs)[..., : self.inputs]
+
+    def at(self, index: jax.Array) -> "Int8Matrix":
+        """Return outputs of a matrix that is not stacked, as one by rows."""
+        codes = rows_at(self.codes, index) if self.panels else self.codes[index]
+        zero = None if self.zero_point is None else self.zero_point[index]
+        about = {"trailing": (len(index), self.inputs), "contracted": (-1,), "dtype": self.dtype}
+        return Int8Matrix(codes[:, : self.inputs], self.scale[index], zero, **about)
 
     def centred(self) -> jax.Array:
         """Return the codes less their zero points, float32, `(..., outputs, inputs)`."""
-        codes = self.codes.astype(jnp.float32)
+        codes = self.by_rows().astype(jnp.float32)
         if self.zero_point is None:
             return codes
         return codes - expand_blocks(self.zero_point.astype(jnp.float32), codes.shape)
 
     def rows(self) -> jax.Array:
         """Return the matrix as floats, `(..., outputs, inputs)`."""
-        return (expand_blocks(self.scale, self.codes.shape) * self.centred()).astype(self.dtype)
+        centred = self.centred()
+        return (expand_blocks(self.scale, centred.shape) * centred).astype(self.dtype)
 
 
 @struct.dataclass
@@ -122,11 +157,15 @@ class Int4Matrix(Matrix):
     of 64: byte i of a block holds code i in its low half and code 32 + i in its high half. What
     fills up the last block is 8.
 
+    In panels, which a matrix without a table may lie in, `packed` is `(..., panels, words, 16, 4)`,
+    and `scale` and `zero_point` are `(..., panels, groups, 16, 1)`.
+
     Attributes:
       packed: uint8, `(..., outputs, 32 * ceil(inputs / 64))`.
       scale: float32, `(..., outputs, groups)`: each covers `group` codes in a row.
       zero_point: of scale's shape, or None for 0; not with a table.
       table: float32, `(..., 1 or outputs, 16)`, or None.
+      panels: static; whether all of it lies in panels, as native kernels read it.
       group: static; how many codes share a scale: 32, or a multiple of 64.
       trailing: as in `Matrix`.
       contracted: as in `Matrix`.
@@ -144,6 +183,7 @@ class Int4Matrix(Matrix):
     scale: jax.Array
     zero_point: jax.Array | None = None
     table: jax.Array | None = None
+    panels: bool = struct.field(pytree_node=False, default=False)
     group: int = struct.field(pytree_node=False, default=BLOCK)
     trailing: tuple[int, ...] = struct.field(pytree_node=False, default=())
     contracted: tuple[int, ...] = struct.field(pytree_node=False, default=(-2,))
@@ -152,11 +192,40 @@ class Int4Matrix(Matrix):
     @property
     def stacked(self) -> tuple[int, ...]:
         """Return the sizes of the axes that stack kernels."""
-        return self.packed.shape[:-2]
+        return self.packed.shape[: -4 if self.panels else -2]
+
+    def in_panels(self) -> "Int4Matrix":
+        """Return the matrix in panels, which none with a table has."""
+        if self.panels or self.table is not None:
+            return self
+        arrays = {
+            "packed": into_panels(self.packed, BYTES),
+            "scale": into_panels(self.scale, 1),
+            "zero_point": None if self.zero_point is None else into_panels(self.zero_point, 1),
+        }
+        return self.replace(panels=True, **arrays)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def by_rows(self) -> "Int4Matrix":
+        """Return the matrix by rows."""
+        if not self.panels:
+            return self
+        rows: Any = jax.tree.map(lambda array: out_of_panels(array, self.outputs), self)
+        return rows.replace(panels=False)
+
+    def at(self, index: jax.Array) -> "Int4Matrix":
+        """Return outputs of a matrix that is not stacked, as one by rows."""
+
+        def rows(array: jax.Array) -> jax.Array:
+            if self.panels:
+                return rows_at(array, index)
+            return array if array.shape[0] == 1 else array[index]  # a table that all share
+
+        found: Any = jax.tree.map(rows, self)
+        return found.replace(panels=False, trailing=(len(index), self.inputs), contracted=(-1,))
 
     def codes(self) -> jax.Array:
         """Return the codes, uint8, 0 to 15, `(..., outputs, inputs)`."""
-        return unpack4(self.packed, self.inputs)
+        return unpack4(self.by_rows().packed, self.inputs)
 
     def spread(self, values: jax.Array) -> jax.Array:
         """Repeat what each group has until every input has its own."""
@@ -164,15 +233,16 @@ class Int4Matrix(Matrix):
 
     def rows(self) -> jax.Array:
         """Return the matrix as floats, `(..., outputs, inputs)`."""
-        codes = self.codes()
+        whole = self.by_rows()
+        codes = whole.codes()
         if self.table is not None:
             tables = jnp.broadcast_to(self.table, (*codes.shape[:-1], 16))
             levels = jnp.take_along_axis(tables, codes.astype(jnp.int32), axis=-1)
         else:
             levels = codes.astype(jnp.float32) - 8
-            if self.zero_point is not None:
-                levels = levels - self.spread(self.zero_point.astype(jnp.float32))
-        return (self.spread(self.scale) * levels).astype(self.dtype)
+            if whole.zero_point is not None:
+                levels = levels - self.spread(whole.zero_point.astype(jnp.float32))
+        return (self.spread(whole.scale) * levels).astype(self.dtype)
 
 
 @struct.dataclass
@@ -301,6 +371,10 @@ class TurnedMatrix(Matrix):
         """Return the dtype of the array that this leaf stands for."""
         return self.matrix.dtype
 
+    def in_panels(self) -> "TurnedMatrix":
+        """Return the matrix with the inner one as native kernels read it."""
+        return TurnedMatrix(self.matrix.in_panels(), self.factor, self.signs)
+
     def turned(self, x: jax.Array) -> jax.Array:
         """Return what the inner matrix is multiplied by, `(..., inputs)`, for inputs `x`.
 
@@ -310,7 +384,9 @@ class TurnedMatrix(Matrix):
         if self.factor is not None:
             x = x * self.factor[..., None, :].astype(x.dtype)
         if self.signs is not None:
-            x = _rotated(x, self.signs[..., None, :])
+            signs = self.signs[..., None, :]
+            whole = hadamard((x * signs.astype(x.dtype))[..., None])[..., 0]
+            x = jnp.where(signs == 0, x, whole)
         return x
 
     def rows(self) -> jax.Array:
@@ -321,68 +397,3 @@ class TurnedMatrix(Matrix):
             whole = hadamard(values.swapaxes(-1, -2)).swapaxes(-1, -2)
             values = jnp.where(signs == 0, values, signs * whole)
         return values if self.factor is None else self.factor[..., None, :] * values
-
-
-def _rotated(x: jax.Array, signs: jax.Array) -> jax.Array:
-    whole = hadamard((x * signs.astype(x.dtype))[..., None])[..., 0]
-    return jnp.where(signs == 0, x, whole)
-
-
-def pack4(codes: jax.Array) -> jax.Array:
-    """Pack codes 0 to 15 in blocks of 64; what fills up the last block is 8.
-
-    Args:
-      codes: `(..., inputs)`, any integers 0 to 15.
-
-    Returns:
-      uint8, `(..., 32 * ceil(inputs / 64))`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> [hex(byte) for byte in pack4(jnp.arange(16))[:3].tolist()]
-      ['0x80', '0x81', '0x82']
-    """
-    *before, inputs = codes.shape
-    fill = -inputs % BLOCK
-    edges = [(0, 0)] * len(before) + [(0, fill)]
-    filled = jnp.pad(codes.astype(jnp.uint8), edges, constant_values=8)
-    halves = filled.reshape(*before, (inputs + fill) // BLOCK, 2, BLOCK // 2)
-    return (halves[..., 0, :] | (halves[..., 1, :] << 4)).reshape(*before, (inputs + fill) // 2)
-
-
-def unpack4(packed: jax.Array, inputs: int) -> jax.Array:
-    """Undo `pack4`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> unpack4(pack4(jnp.arange(5)), 5).tolist()
-      [0, 1, 2, 3, 4]
-    """
-    *before, width = packed.shape
-    blocks = packed.reshape(*before, width // (BLOCK // 2), 1, BLOCK // 2)
-    halves = jnp.concatenate([blocks & 15, blocks >> 4], axis=-2)
-    return halves.reshape(*before, 2 * width)[..., :inputs]
-
-
-def pack_bits(flags: jax.Array) -> jax.Array:
-    """Pack booleans along the last axis into bytes, the lowest bit first, whole words of 32.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> pack_bits(jnp.array([True, False, True])).tolist()
-      [5, 0, 0, 0]
-    """
-    fill = -flags.shape[-1] % WORD
-    filled = jnp.pad(flags, [(0, 0)] * (flags.ndim - 1) + [(0, fill)])
-    return jnp.packbits(filled, axis=-1, bitorder="little")
-
-
-def unpack_bits(bits: jax.Array, inputs: int) -> jax.Array:
-    """Undo `pack_bits`: uint8, 0 or 1.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> unpack_bits(jnp.array([5, 0, 0, 0], jnp.uint8), 3).tolist()
-      [1, 0, 1]
-    """
-    return jnp.unpackbits(bits, axis=-1, count=inputs, bitorder="little")

@@ -1,7 +1,7 @@
 """Products by native kernels: plain arrays in, plain arrays out, under jit and vmap.
 
-Weights lie by outputs, `(outputs, inputs)`; x is `(rows, inputs)`, float32. The library must be
-there: `_build.problem()` is None.
+Weights lie by outputs, or in panels of sixteen outputs (`_packing.into_panels`); x is
+`(rows, inputs)`, float32. The library must be there: `_build.problem()` is None.
 """
 
 from typing import Any
@@ -34,13 +34,13 @@ def int8_product(
 
     Args:
       x: `(rows, inputs)`.
-      codes: int8, `(outputs, inputs)`.
+      codes: int8, `(panels, words, 16, 4)`, the inputs filled up to a multiple of 32.
       scale: `(outputs,)`.
       zero: `(outputs,)`, or None for 0.
       fixed: `(1,)`, or None for a step for each row.
       rounded: whether inputs are rounded.
     """
-    shape = (x.shape[0], codes.shape[0])
+    shape = (x.shape[0], scale.shape[0])
     ends = _or_none(zero, 0), _or_none(fixed, 0)
     return _call("int8", shape, x, codes, scale, *ends, round=rounded)
 
@@ -50,25 +50,49 @@ def int4_product(
     packed: jax.Array,
     scale: jax.Array,
     zero: jax.Array | None = None,
-    table: jax.Array | None = None,
+    *,
+    outputs: int,
+    group: int,
+    rounded: bool,
+) -> jax.Array:
+    """Multiply by packed 4-bit codes that are evenly spaced: `scale * (code - 8 - zero)`.
+
+    Args:
+      x: `(rows, inputs)`.
+      packed: uint8, `(panels, words, 16, 4)`, eight words for 64 inputs.
+      scale: `(panels, groups, 16, 1)`.
+      zero: of scale's shape, or None for 0.
+      outputs: how many there are.
+      group: how many codes share a scale.
+      rounded: whether inputs are rounded.
+    """
+    shape = (x.shape[0], outputs)
+    more = {"group": np.int64(group), "round": rounded}
+    return _call("int4", shape, x, packed, scale, _or_none(zero, 0, 0, 0, 0), **more)
+
+
+def codebook_product(
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+    table: jax.Array,
     *,
     group: int,
     rounded: bool,
 ) -> jax.Array:
-    """Multiply by packed 4-bit codes, evenly spaced (code - 8 - zero) or indices into tables.
+    """Multiply by packed indices into tables: `scale * table[code]`.
 
     Args:
       x: `(rows, inputs)`.
       packed: uint8, `(outputs, 32 * ceil(inputs / 64))`.
       scale: `(outputs, groups)`.
-      zero: of scale's shape, or None for 0.
-      table: `(1 or outputs, 16)`, or None; must be given where inputs are not rounded.
+      table: `(1 or outputs, 16)`.
       group: how many codes share a scale.
       rounded: whether inputs are rounded, and tables with them.
     """
     shape = (x.shape[0], packed.shape[0])
-    more = _or_none(zero, 0, 0), _or_none(table, 0, 0)
-    return _call("int4", shape, x, packed, scale, *more, group=np.int64(group), round=rounded)
+    more = {"group": np.int64(group), "round": rounded}
+    return _call("codebook", shape, x, packed, scale, table, **more)
 
 
 def signs_product(x: jax.Array, bits: jax.Array, scale: jax.Array) -> jax.Array:
@@ -120,11 +144,11 @@ def int8_convolution(
     strides: Pair,
     padding: Edges,
 ) -> jax.Array:
-    """Convolve all channels by int8 codes, `(outputs, rows * columns * channels)`.
+    """Convolve all channels by int8 codes.
 
     Args:
       x: float32, `(images, height, width, channels)`.
-      codes: int8; those of an output in the order of its window.
+      codes: int8, in panels; those of an output in the order of its window.
       scale: `(outputs,)`.
       zero: `(outputs,)`, or None for 0.
       size: of the window, rows and columns.
@@ -133,7 +157,7 @@ def int8_convolution(
     """
     arrays = codes, scale, _or_none(zero, 0)
     attributes = {"size": np.array(size, np.int64)}
-    outputs = codes.shape[0]
+    outputs = scale.shape[0]
     return _windows("int8convolution", x, size, outputs, strides, padding, *arrays, **attributes)
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas
 
-from jopt.run._matrices import BLOCK, Int4Matrix, Int8Matrix
+from jopt.run._matrices import Int4Matrix, Int8Matrix
+from jopt.run._packing import BLOCK
 
 ROWS, OUTPUTS = 128, 128  # of a tile
 
@@ -100,7 +101,7 @@ def int8_product(matrix: Int8Matrix, rows: jax.Array, interpret: bool = False) -
       Array([3., 3.], dtype=float32)
     """
     by_group = [matrix.scale] + ([] if matrix.zero_point is None else [matrix.zero_point])
-    return _tiled(_int8_kernel, rows, matrix.codes, by_group, interpret)
+    return _tiled(_int8_kernel, rows, matrix.by_rows(), by_group, interpret)
 
 
 def int4_product(matrix: Int4Matrix, rows: jax.Array, interpret: bool = False) -> jax.Array:
@@ -119,6 +120,7 @@ def int4_product(matrix: Int4Matrix, rows: jax.Array, interpret: bool = False) -
     """
     if matrix.table is not None:
         raise ValueError("matrix has a table; this product is for evenly spaced codes.")
+    matrix = matrix.by_rows()
     fill = -rows.shape[-1] % BLOCK
     filled = jnp.pad(rows, [(0, 0), (0, fill)])
     by_group = [matrix.scale] + ([] if matrix.zero_point is None else [matrix.zero_point])

@@ -187,7 +187,7 @@ def _window(
     ways = _convolutions.ways_of(shapes)
     forms = [Form(name, partial(restored, way)) for name, way in ways.items()]
     codes, why = "native int8 convolution", WINDOW
-    if _convolutions.takes_codes(shapes.window):
+    if leaf.panels and _convolutions.takes_codes(shapes.window):
         why = RESTORED
         forms.insert(0, Form(codes, partial(_convolutions.int8_convolution, shapes)))
     avals = jax.tree.map(_aval, leaf), _aval(x)
@@ -225,13 +225,7 @@ def _gathered(equation: core.JaxprEqn, leaf: Any, indices: jax.Array) -> jax.Arr
     count = leaf.shape[0]
     at = indices[..., 0].astype(jnp.int32)
     inside = jnp.clip(at, 0, count - 1)
-    shared = ("table",) if isinstance(leaf, Int4Matrix) and _one_table(leaf) else ()
-    rows = jax.tree.map(lambda array: jnp.take(array, inside.ravel(), axis=0, mode="clip"), leaf)
-    if shared:
-        rows = rows.replace(table=leaf.table)  # pyright: ignore[reportAttributeAccessIssue]
-    rows = rows.replace(trailing=(at.size, leaf.inputs))  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(leaf, Int8Matrix):
-        rows = rows.replace(input_scale=None)
+    rows = leaf.at(inside.ravel())
     values = rows.rows().reshape(*at.shape, leaf.inputs)
     if mode == lax.GatherScatterMode.FILL_OR_DROP:
         fill = equation.params["fill_value"]
@@ -242,10 +236,6 @@ def _gathered(equation: core.JaxprEqn, leaf: Any, indices: jax.Array) -> jax.Arr
     if tuple(offset) != (len(out.shape) - 1,):
         values = jnp.moveaxis(values, -1, offset[0])
     return values.astype(out.dtype)
-
-
-def _one_table(leaf: Int4Matrix) -> bool:
-    return leaf.table is not None and leaf.table.shape[-2] == 1
 
 
 def run_use(

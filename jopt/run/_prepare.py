@@ -25,16 +25,14 @@ from jopt.layers import Layer
 from jopt.run._convolutions import takes_codes, wide_window
 from jopt.run._forms import native_here
 from jopt.run._matrices import (
-    BLOCK,
     Int4Matrix,
     Int8Matrix,
     Matrix,
     SignMatrix,
     SparseMatrix,
     TurnedMatrix,
-    pack4,
-    pack_bits,
 )
+from jopt.run._packing import BLOCK, pack4, pack_bits
 from jopt.run._uses import Apply, dense_avals, trace_uses
 
 SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
@@ -388,7 +386,9 @@ def _prepared(
         by_output = isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1
         if windows and not by_output:
             return leaf
-        return leaf if isinstance(matrix, str) else matrix
+        if isinstance(matrix, str):
+            return leaf
+        return matrix.in_panels() if layers and native_here() is None else matrix
     if sparse is None or not layers or not is_kernel("", leaf) or gathered:
         return leaf
     axes = axes_of(layers)

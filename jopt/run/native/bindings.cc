@@ -118,29 +118,39 @@ ffi::Error product(const Operand& x, int64_t inputs, int64_t outputs, const Oper
 #define JOPT_RETURN_IF_WRONG(expression)          \
   if (ffi::Error error = (expression); error.failure()) return error
 
-// What int8 codes (outputs, inputs) come with; zero may be empty.
-ffi::Error by_output(const Operand& codes, const Operand& scale, const Operand& zero) {
-  if (scale[0] != codes[0]) return wrong("scale", "be (outputs)");
-  if (zero[0] && zero[0] != codes[0]) return wrong("zero", "be empty or (outputs)");
+// Panels of words, (panels, words, 16, 4), for so many words and outputs.
+ffi::Error in_panels(const char* name, const Operand& panels, int64_t words, int64_t outputs) {
+  const bool whole = panels[2] == kPanel && panels[3] == kWord && panels[1] == words;
+  if (!whole || panels[0] != round_up(outputs, kPanel) / kPanel)
+    return wrong(name, "be (panels, words, 16, 4)");
+  return ffi::Error::Success();
+}
+
+// int8 codes in panels, and what they come with; zero may be empty.
+ffi::Error int8_panels(const Operand& codes, const Operand& scale, const Operand& zero,
+                       int64_t inputs) {
+  JOPT_RETURN_IF_WRONG(in_panels("codes", codes, round_up(inputs, kBytes) / kWord, scale[0]));
+  if (zero[0] && zero[0] != scale[0]) return wrong("zero", "be empty or (outputs)");
   return ffi::Error::Success();
 }
 
 Int8Weights int8_weights(const Operand& codes, const Operand& scale, const Operand& zero,
                          const Index& index) {
   return {at<int8_t>(codes, index), at<float>(scale, index),
-          zero[0] ? at<float>(zero, index) : nullptr, codes[0]};
+          zero[0] ? at<float>(zero, index) : nullptr, codes[1], scale[0]};
 }
 
 // zero and fixed may be empty.
 ffi::Error Int8(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::S8> codes_,
                 ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_,
                 ffi::Buffer<ffi::F32> fixed_, Out y_, bool round) {
-  const Operand x = operand("x", x_, 2), codes = operand("codes", codes_, 2),
+  const Operand x = operand("x", x_, 2), codes = operand("codes", codes_, 4),
                 scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
                 fixed = operand("fixed", fixed_, 1), y = operand("y", *y_, 2);
   JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, fixed}, y));
-  JOPT_RETURN_IF_WRONG(product(x, codes[1], codes[0], y));
-  JOPT_RETURN_IF_WRONG(by_output(codes, scale, zero));
+  const int64_t inputs = x[1];
+  JOPT_RETURN_IF_WRONG(product(x, inputs, scale[0], y));
+  JOPT_RETURN_IF_WRONG(int8_panels(codes, scale, zero, inputs));
   if (fixed[0] > 1) return wrong("fixed", "be empty or one number");
   Pool pool{threads};
   over_batch(x, {codes, scale, zero, fixed}, y, [&](const Index& index, int64_t rows) {
@@ -148,54 +158,83 @@ ffi::Error Int8(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<f
     const float* in = at<float>(x, index);
     float* out = at<float>(y, index);
     if (round)
-      run_int8(pool, in, rows, codes[1], fixed[0] ? at<float>(fixed, index) : nullptr, w, out);
+      run_int8(pool, in, rows, inputs, fixed[0] ? at<float>(fixed, index) : nullptr, w, out);
     else
-      run_int8_float(pool, in, rows, codes[1], w, out);
+      run_int8_float(pool, in, rows, inputs, w, out);
   });
   return ffi::Error::Success();
 }
 
-// zero and table may be empty; scale may be empty with a table.
+ffi::Error shares(int64_t group) {
+  if (group != kBytes && (group < kPair || group % kPair))
+    return wrong("group", "be 32 or a multiple of 64");
+  return ffi::Error::Success();
+}
+
+// zero may be empty.
 ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::U8> packed_,
-                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_,
-                ffi::Buffer<ffi::F32> table_, Out y_, int64_t group, bool round) {
+                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_, Out y_, int64_t group,
+                bool round) {
+  const Operand x = operand("x", x_, 2), packed = operand("packed", packed_, 4),
+                scale = operand("scale", scale_, 4), zero = operand("zero", zero_, 4),
+                y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero}, y));
+  const int64_t inputs = x[1], outputs = y[1];
+  JOPT_RETURN_IF_WRONG(product(x, inputs, outputs, y));
+  JOPT_RETURN_IF_WRONG(in_panels("packed", packed, round_up(inputs, kPair) / kPair * kBlock, outputs));
+  JOPT_RETURN_IF_WRONG(shares(group));
+  const int64_t groups = inputs ? (inputs + group - 1) / group : 1;
+  auto by_group = [&](const Operand& of) {
+    return of[0] == packed[0] && of[1] == groups && of[2] == kPanel && of[3] == 1;
+  };
+  const bool zeroed = zero.core_size() > 0;
+  if (!by_group(scale)) return wrong("scale", "be (panels, groups, 16, 1)");
+  if (zeroed && !by_group(zero)) return wrong("zero", "be empty or (panels, groups, 16, 1)");
+  Pool pool{threads};
+  over_batch(x, {packed, scale, zero}, y, [&](const Index& index, int64_t rows) {
+    const Int4Weights w{at<uint8_t>(packed, index),
+                        at<float>(scale, index),
+                        zeroed ? at<float>(zero, index) : nullptr,
+                        packed[1],
+                        groups,
+                        group,
+                        outputs};
+    auto run = round ? run_int4<Pool> : run_int4_float<Pool>;
+    run(pool, at<float>(x, index), rows, inputs, w, at<float>(y, index));
+  });
+  return ffi::Error::Success();
+}
+
+// scale may be empty.
+ffi::Error Codebook4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::U8> packed_,
+                     ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> table_, Out y_,
+                     int64_t group, bool round) {
   const Operand x = operand("x", x_, 2), packed = operand("packed", packed_, 2),
-                scale = operand("scale", scale_, 2), zero = operand("zero", zero_, 2),
-                table = operand("table", table_, 2), y = operand("y", *y_, 2);
-  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero, table}, y));
+                scale = operand("scale", scale_, 2), table = operand("table", table_, 2),
+                y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, table}, y));
   const int64_t inputs = x[1], outputs = packed[0];
   JOPT_RETURN_IF_WRONG(product(x, inputs, outputs, y));
   if (packed[1] != round_up(inputs, kPair) / 2) return wrong("packed", "be (outputs, width)");
-  if (group != kBytes && (group < kPair || group % kPair))
-    return wrong("group", "be 32 or a multiple of 64");
+  JOPT_RETURN_IF_WRONG(shares(group));
   const int64_t groups = inputs ? (inputs + group - 1) / group : 1;
-  const bool scaled = scale.core_size() > 0 || outputs == 0, tabled = table.core_size() > 0;
+  const bool scaled = scale.core_size() > 0;
   if (scaled && (scale[0] != outputs || scale[1] != groups))
-    return wrong("scale", "be (outputs, groups)");
-  if (!scaled && !tabled) return wrong("scale", "be given");
-  const bool zeroed = zero.core_size() > 0;
-  if (zeroed && (tabled || zero[0] != outputs || zero[1] != groups))
-    return wrong("zero", "be (outputs, groups), without a table");
-  if (tabled && (table[1] != 16 || (table[0] != 1 && table[0] != outputs)))
+    return wrong("scale", "be empty or (outputs, groups)");
+  if (table[1] != 16 || (table[0] != 1 && table[0] != outputs))
     return wrong("table", "be (1 or outputs, 16)");
-  if (!round && !tabled) return wrong("table", "be given where inputs are not rounded");
   Pool pool{threads};
-  over_batch(x, {packed, scale, zero, table}, y, [&](const Index& index, int64_t rows) {
-    const Int4Weights w{at<uint8_t>(packed, index),
-                        packed[1],
-                        scaled ? at<float>(scale, index) : nullptr,
-                        zeroed ? at<float>(zero, index) : nullptr,
-                        groups,
-                        group,
-                        tabled ? at<float>(table, index) : nullptr,
-                        tabled ? table[0] : 0,
-                        outputs};
-    const float* in = at<float>(x, index);
-    float* out = at<float>(y, index);
-    if (round)
-      run_int4(pool, in, rows, inputs, w, out);
-    else
-      run_codebook(pool, in, rows, inputs, w, out);
+  over_batch(x, {packed, scale, table}, y, [&](const Index& index, int64_t rows) {
+    const Codebook w{at<uint8_t>(packed, index),
+                     packed[1],
+                     scaled ? at<float>(scale, index) : nullptr,
+                     groups,
+                     group,
+                     at<float>(table, index),
+                     table[0],
+                     outputs};
+    auto run = round ? run_codebook<Pool> : run_codebook_float<Pool>;
+    run(pool, at<float>(x, index), rows, inputs, w, at<float>(y, index));
   });
   return ffi::Error::Success();
 }
@@ -312,15 +351,14 @@ ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
                            ffi::Buffer<ffi::S8> codes_, ffi::Buffer<ffi::F32> scale_,
                            ffi::Buffer<ffi::F32> zero_, Out y_, ffi::Span<const int64_t> size,
                            ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding) {
-  const Operand x = operand("x", x_, 4), codes = operand("codes", codes_, 2),
+  const Operand x = operand("x", x_, 4), codes = operand("codes", codes_, 4),
                 scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
                 y = operand("y", *y_, 4);
   JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero}, y));
   if (size.size() != 2 || size[0] < 1 || size[1] < 1)
     return wrong("size", "be two numbers, at least 1");
-  if (codes[1] != size[0] * size[1] * x[3]) return wrong("codes", "be (outputs, window)");
-  JOPT_RETURN_IF_WRONG(by_output(codes, scale, zero));
-  if (y[3] != codes[0]) return wrong("the result", "have the codes' outputs");
+  JOPT_RETURN_IF_WRONG(int8_panels(codes, scale, zero, size[0] * size[1] * x[3]));
+  if (y[3] != scale[0]) return wrong("the result", "have the codes' outputs");
   Pool pool{threads};
   return over_windows(x, size[0], size[1], y, strides, padding,
                       [&](const Index& index, const Window& window) {
@@ -362,6 +400,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt4, jopt::Int4,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("round"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptCodebook, jopt::Codebook4,
+                              JOPT_PRODUCT()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

@@ -26,7 +26,9 @@ namespace jopt {
 constexpr int64_t kBytes = 32;  // a step over int8 codes, in every instruction set
 constexpr int64_t kFloats = 8;  // a step over floats
 constexpr int64_t kPair = 64;   // 4-bit codes in a step over 32 packed bytes
-constexpr int64_t kPanel = 16;  // outputs that are packed side by side for many rows
+constexpr int64_t kPanel = 16;  // outputs that lie side by side
+constexpr int64_t kWord = 4;    // bytes of an output that lie together: a float, or codes
+constexpr int64_t kBlock = kPair / 2 / kWord;  // words of a block of 64 4-bit codes
 
 JOPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 JOPT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -41,7 +43,7 @@ struct Range {
 struct Codes8 {
   const int8_t* codes;
   const double* scale;  // one a row; NaN for a row that is not finite
-  const int32_t* total;  // the sum of each row's codes, or null where nothing needs it
+  const int32_t* total;  // sums of codes, (rows, groups): of all, or of those that share a scale
   int64_t rows, inputs, stride;
 };
 
@@ -52,29 +54,39 @@ struct Floats {
   int64_t rows, inputs, stride;
 };
 
+// Weights in panels of 16 outputs: words of four inputs (int8) or of eight (4 bits) lie side by side,
+// so that sums lie in lanes and none is added up across a vector. What fills up the last panel, and
+// the last word, is nothing: codes of 0, or scales of 0.
 struct Int8Weights {
-  const int8_t* codes;  // (outputs, inputs)
+  const int8_t* codes;  // (panels, words, 16, 4); an even number of words that holds all inputs
   const float* scale;   // (outputs)
   const float* zero;    // (outputs), or null for 0
-  int64_t outputs;
+  int64_t words, outputs;
+
+  const int8_t* panel(int64_t n) const { return codes + n / kPanel * words * kPanel * kWord; }
 };
 
-// Four-bit codes in blocks of 64: byte i of a block holds code i below and code 32 + i above.
+// Codes 0 to 15 stand for -8 to 7. In blocks of 64: byte i of a block holds code i below and code
+// 32 + i above.
 struct Int4Weights {
+  const uint8_t* packed;  // (panels, words, 16, 4); eight words a block
+  const float* scale;     // (panels, groups, 16)
+  const float* zero;      // (panels, groups, 16), or null for 0
+  int64_t words, groups, group;  // `group` codes share a scale: 32, or a multiple of 64
+  int64_t outputs;
+
+  const uint8_t* panel(int64_t n) const { return packed + n / kPanel * words * kPanel * kWord; }
+};
+
+// Codes by output, as blocks hold them, that are looked up in tables.
+struct Codebook {
   const uint8_t* packed;  // (outputs, width)
   int64_t width;          // bytes of a row, a multiple of 32
   const float* scale;     // (outputs, groups), or null for 1
-  const float* zero;      // (outputs, groups), or null for 0
-  int64_t groups, group;  // `group` codes share a scale: 32, or a multiple of 64
-  const float* table;     // codebooks: (tables, 16)
-  int64_t tables;         // 1 or outputs
+  int64_t groups, group;
+  const float* table;  // (tables, 16)
+  int64_t tables;      // 1 or outputs
   int64_t outputs;
-};
-
-// What the 4-bit kernels need of the activations besides their codes.
-struct GroupSums {
-  const int32_t* offset;  // (rows, groups, 8): -8 times the sum of a group, spread over lanes
-  const float* sum;       // (rows, groups)
 };
 
 struct FloatWeights {

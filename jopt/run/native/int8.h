@@ -1,128 +1,137 @@
 // Products with int8 weights: exact sums with int8 activations, or floats with float ones.
-// Included by kernels.h, after the vectors of the instruction set.
+// Included by kernels.h, after panels.h.
 
 namespace jopt {
 
-// A sum of codes times activations, less what the zero point of the output adds to it.
-template <class Total>
-JOPT_INLINE double less_zero(const Total* total, const float* zero, int64_t m, int64_t n,
-                             double sum) {
-  return zero ? sum - (double)zero[n] * total[m] : sum;
+struct Int8Tile {
+  const Codes8& x;
+  const Int8Weights& w;
+  const Ends& ends;
+  float* y;
+  int64_t count = ends.count;
+
+  template <int T, int V>
+  JOPT_INLINE_MEMBER void run(int64_t m) const {
+    constexpr int S = kSums<T>;
+    const int8_t* words = w.panel(ends.first);
+    const int8_t* in[T];
+    I sum[S][T][V];
+    JOPT_UNROLL for (int t = 0; t < T; ++t) {
+      in[t] = x.codes + (m + t) * x.stride;
+      JOPT_UNROLL for (int s = 0; s < S; ++s) JOPT_UNROLL for (int v = 0; v < V; ++v)
+        sum[s][t][v] = i_set(kShift && s == 0 ? -kShift * x.total[m + t] : 0);
+    }
+    for (int64_t k = 0; k < w.words * kWord; k += S * kWord) {
+      JOPT_UNROLL for (int s = 0; s < S; ++s, words += kPanel * kWord) {
+        B codes[V];
+        prefetch(words + kAheadBytes);
+        JOPT_UNROLL for (int v = 0; v < V; ++v) codes[v] = b_shifted(b_load(words + v * kBytes));
+        JOPT_UNROLL for (int t = 0; t < T; ++t) {
+          const B spread = b_spread(in[t] + k + s * kWord);
+          JOPT_UNROLL for (int v = 0; v < V; ++v)
+            sum[s][t][v] = dot_shifted(sum[s][t][v], codes[v], spread);
+        }
+      }
+    }
+    join_sums(sum);
+    JOPT_UNROLL for (int t = 0; t < T; ++t) finish<V>(m + t, sum[0][t]);
+  }
+
+  template <int V>
+  JOPT_INLINE_MEMBER void finish(int64_t m, const I* sum) const {
+    float* out = y + m * w.outputs + ends.first;
+    if (w.zero) {
+      int32_t lanes[V * kFloats];
+      JOPT_UNROLL for (int v = 0; v < V; ++v) i_store(lanes + v * kFloats, sum[v]);
+      for (int64_t n = 0; n < count; ++n)
+        out[n] = (float)(x.scale[m] * ((double)ends.scale[n] *
+                                       (lanes[n] - (double)ends.zero[n] * x.total[m])));
+      return;
+    }
+    // In the order in which no product is too large or too small for a float unless the last is.
+    const F step = f_set((float)x.scale[m]);
+    const bool large = x.scale[m] >= 1;
+    F values[V];
+    JOPT_UNROLL for (int v = 0; v < V; ++v) {
+      const F scale = f_load(ends.scale + v * kFloats), value = i_float(sum[v]);
+      values[v] = large ? f_mul(f_mul(value, scale), step) : f_mul(f_mul(value, step), scale);
+    }
+    put<V>(values, count, out);
+  }
+};
+
+static void int8(const Codes8& x, const Int8Weights& w, Range rows, Range outputs, float* y) {
+  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel)
+    over_rows<kInt8Rows>(rows, Int8Tile{x, w, Ends(n, w.outputs, w.scale, w.zero), y});
 }
 
-JOPT_INLINE float v_sum(F v) { return f_sum(v); }
-JOPT_INLINE int32_t v_sum(I v) { return i_sum(v); }
+// Float activations: codes are widened as they are read.
+struct Int8FloatTile {
+  const Floats& x;
+  const Int8Weights& w;
+  const Ends& ends;
+  float* y;
+  int64_t count = ends.count;
 
-// The sums of vectors of floats or of integers.
-template <class Vector, class Sum, int R, int T>
-JOPT_INLINE void sum_each(const Vector (&from)[R][T], Sum (&to)[R][T]) {
-  if constexpr (R == 4 && T == 1) {
-    v_sum4(&from[0][0], &to[0][0]);
-  } else {
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) to[r][t] = v_sum(from[r][t]);
-  }
-}
-
-// R outputs by T rows of activations: the codes of an output are read once for all T.
-template <int R, int T>
-JOPT_INLINE void int8_tile(const Codes8& x, const Int8Weights& w, int64_t n, int64_t m, float* y) {
-  const int64_t whole = x.inputs / kBytes * kBytes;
-  const int8_t* codes[R];
-  const int8_t* in[T];
-  I sum[R][T];
-  JOPT_UNROLL for (int r = 0; r < R; ++r) {
-    codes[r] = w.codes + (n + r) * x.inputs;
-    JOPT_UNROLL for (int t = 0; t < T; ++t) sum[r][t] = i_zero();
-  }
-  JOPT_UNROLL for (int t = 0; t < T; ++t) in[t] = x.codes + (m + t) * x.stride;
-  for (int64_t k = 0; k < whole; k += kBytes) {
-    B each[T];
-    JOPT_UNROLL for (int t = 0; t < T; ++t) each[t] = b_load(in[t] + k);
-    JOPT_UNROLL for (int r = 0; r < R; ++r) {
-      prefetch(codes[r] + k + 2 * R * x.inputs);
-      const B block = b_shifted(b_load(codes[r] + k));
-      JOPT_UNROLL for (int t = 0; t < T; ++t) sum[r][t] = dot_shifted(sum[r][t], block, each[t]);
+  template <int T, int V>
+  JOPT_INLINE_MEMBER void run(int64_t m) const {
+    constexpr int S = kSums<T>;
+    const int8_t* words = w.panel(ends.first);
+    const float* in[T];
+    F sum[S][T][V];
+    JOPT_UNROLL for (int t = 0; t < T; ++t) {
+      in[t] = x.data + (m + t) * x.stride;
+      JOPT_UNROLL for (int s = 0; s < S; ++s)
+        JOPT_UNROLL for (int v = 0; v < V; ++v) sum[s][t][v] = f_zero();
+    }
+    auto add = [&](const B* codes, int64_t k, int j) __attribute__((always_inline)) {
+      JOPT_UNROLL for (int v = 0; v < V; ++v) {
+        const F column = i_float(i_byte(codes[v], j));
+        JOPT_UNROLL for (int t = 0; t < T; ++t)
+          sum[j % S][t][v] = f_fma(column, f_set(in[t][k + j]), sum[j % S][t][v]);
+      }
+    };
+    int64_t k = 0;
+    for (; k < x.inputs; k += kWord, words += kPanel * kWord) {
+      B codes[V];
+      prefetch(words + kAheadBytes);
+      JOPT_UNROLL for (int v = 0; v < V; ++v) codes[v] = b_load(words + v * kBytes);
+      JOPT_UNROLL for (int j = 0; j < kWord; ++j)
+        if (j == 0 || k + j < x.inputs) add(codes, k, j);
+    }
+    join_sums(sum);
+    JOPT_UNROLL for (int t = 0; t < T; ++t) {
+      float* out = y + (m + t) * w.outputs + ends.first;
+      float lanes[V * kFloats];
+      JOPT_UNROLL for (int v = 0; v < V; ++v) f_store(lanes + v * kFloats, sum[0][t][v]);
+      for (int64_t n = 0; n < count; ++n) {
+        const double less = w.zero ? (double)ends.zero[n] * x.total[m + t] : 0;
+        out[n] = (float)(ends.scale[n] * (lanes[n] - less));
+      }
     }
   }
-  if (whole < x.inputs) {
-    JOPT_UNROLL for (int r = 0; r < R; ++r) {
-      int8_t tail[kBytes] = {0};
-      std::memcpy(tail, codes[r] + whole, x.inputs - whole);
-      const B block = b_shifted(b_load(tail));
-      JOPT_UNROLL for (int t = 0; t < T; ++t)
-        sum[r][t] = dot_shifted(sum[r][t], block, b_load(in[t] + whole));
+};
+
+static void int8_float(const Floats& x, const Int8Weights& w, Range rows, Range outputs, float* y) {
+  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel)
+    over_rows<4>(rows, Int8FloatTile{x, w, Ends(n, w.outputs, w.scale, w.zero), y});
+}
+
+// A panel as floats.
+static FloatPanel int8_unpack(const Int8Weights& w, int64_t inputs, int64_t first) {
+  FloatPanel panel(first, w.outputs, round_up(inputs, kWord));
+  const Ends ends(first, w.outputs, w.scale, w.zero);
+  const int8_t* words = w.panel(first);
+  float* to = panel.weights.get();
+  for (int64_t k = 0; k < inputs; k += kWord, words += kPanel * kWord, to += kPanel * kWord)
+    for (int half = 0; half < 2; ++half) {
+      const B codes = b_load(words + half * kBytes);
+      const F scale = f_load(ends.scale + half * kFloats);
+      const F zero = f_load(ends.zero + half * kFloats);
+      JOPT_UNROLL for (int j = 0; j < kWord; ++j)
+        f_store(to + j * kPanel + half * kFloats, f_mul(scale, f_sub(i_float(i_byte(codes, j)), zero)));
     }
-  }
-  int32_t sums[R][T];
-  sum_each(sum, sums);
-  JOPT_UNROLL for (int r = 0; r < R; ++r) JOPT_UNROLL for (int t = 0; t < T; ++t) {
-    const int32_t exact = sums[r][t] - (kShift ? kShift * x.total[m + t] : 0);
-    y[(m + t) * w.outputs + n + r] =
-        (float)(x.scale[m + t] * ((double)w.scale[n + r] *
-                                  less_zero(x.total, w.zero, m + t, n + r, exact)));
-  }
-}
-
-template <int R>
-JOPT_INLINE void int8_rows(const Codes8& x, const Int8Weights& w, int64_t n, float* y) {
-  int64_t m = 0;
-  if (x.rows == 1) return int8_tile<R, 1>(x, w, n, 0, y);
-  for (; m + 4 <= x.rows; m += 4)
-    for (int r = 0; r < R; r += 2) int8_tile<R < 2 ? R : 2, 4>(x, w, n + r, m, y);
-  for (; m < x.rows; ++m) int8_tile<R, 1>(x, w, n, m, y);
-}
-
-static void int8(const Codes8& x, const Int8Weights& w, Range range, float* y) {
-  int64_t n = range.begin;
-  for (; n + 4 <= range.end; n += 4) int8_rows<4>(x, w, n, y);
-  for (; n < range.end; ++n) int8_rows<1>(x, w, n, y);
-}
-
-template <int R, int T>
-JOPT_INLINE void int8_float_tile(const Floats& x, const Int8Weights& w, int64_t n, int64_t m,
-                                 float* y) {
-  const int64_t whole = x.inputs / kFloats * kFloats;
-  const int8_t* codes[R];
-  const float* in[T];
-  F sum[R][T];
-  JOPT_UNROLL for (int r = 0; r < R; ++r) {
-    codes[r] = w.codes + (n + r) * x.inputs;
-    JOPT_UNROLL for (int t = 0; t < T; ++t) sum[r][t] = f_zero();
-  }
-  JOPT_UNROLL for (int t = 0; t < T; ++t) in[t] = x.data + (m + t) * x.stride;
-  for (int64_t k = 0; k < whole; k += kFloats) {
-    JOPT_UNROLL for (int r = 0; r < R; ++r) {
-      const F block = widen8(codes[r] + k);
-      JOPT_UNROLL for (int t = 0; t < T; ++t) sum[r][t] = f_fma(block, f_load(in[t] + k), sum[r][t]);
-    }
-  }
-  if (whole < x.inputs) {
-    JOPT_UNROLL for (int r = 0; r < R; ++r) {
-      int8_t tail[kFloats] = {0};
-      std::memcpy(tail, codes[r] + whole, x.inputs - whole);
-      const F block = widen8(tail);
-      JOPT_UNROLL for (int t = 0; t < T; ++t)
-        sum[r][t] = f_fma(block, f_load(in[t] + whole), sum[r][t]);
-    }
-  }
-  JOPT_UNROLL for (int r = 0; r < R; ++r) JOPT_UNROLL for (int t = 0; t < T; ++t)
-    y[(m + t) * w.outputs + n + r] =
-        (float)(w.scale[n + r] * less_zero(x.total, w.zero, m + t, n + r, f_sum(sum[r][t])));
-}
-
-template <int R>
-JOPT_INLINE void int8_float_rows(const Floats& x, const Int8Weights& w, int64_t n, float* y) {
-  int64_t m = 0;
-  for (; m + 4 <= x.rows; m += 4)
-    for (int r = 0; r < R; r += 2) int8_float_tile<R < 2 ? R : 2, 4>(x, w, n + r, m, y);
-  for (; m < x.rows; ++m) int8_float_tile<R, 1>(x, w, n, m, y);
-}
-
-static void int8_float(const Floats& x, const Int8Weights& w, Range range, float* y) {
-  int64_t n = range.begin;
-  for (; n + 4 <= range.end; n += 4) int8_float_rows<4>(x, w, n, y);
-  for (; n < range.end; ++n) int8_float_rows<1>(x, w, n, y);
+  return panel;
 }
 
 }  // namespace jopt

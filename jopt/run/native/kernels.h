@@ -14,10 +14,10 @@
 #endif
 
 #include "quantize.h"
+#include "panels.h"
 #include "int8.h"
 #include "int4.h"
 #include "codebook.h"
-#include "panels.h"
 #include "binary.h"
 #include "sparse.h"
 #include "depthwise.h"

@@ -48,7 +48,10 @@ void parallel_for(Pool& pool, int64_t chunks, const Body& body) {
   loop->finished.wait(lock, [&] { return loop->done.load() == chunks; });
 }
 
-constexpr int64_t kWorthwhile = 200000;  // products that a thread is woken for
+// Work is counted in multiply-adds of bytes; one of floats takes as long as three, rounding a float to
+// a byte as eight.
+constexpr int64_t kOfFloats = 3, kOfRounding = 8;
+constexpr int64_t kWorthwhile = 600000;  // work that a thread is woken for
 
 // Calls body(range) over ranges of outputs, in one piece where there is little work.
 template <class Pool, class Body>
@@ -63,7 +66,7 @@ void over_ranges(Pool& pool, int64_t outputs, int64_t grain, int64_t work, const
 }
 
 // Calls body(rows, outputs) over blocks of both: outputs by whole panels, and rows too where those are
-// too few to go round. Every block packs its panels anew, so that it has at least `many` rows.
+// too few to go round; a block has at least `many` rows, or all.
 template <class Pool, class Body>
 void over_blocks(Pool& pool, int64_t rows, int64_t many, int64_t outputs, int64_t work,
                  const Body& body) {

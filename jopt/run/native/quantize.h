@@ -1,4 +1,4 @@
-// Rounding rows of activations to int8, and the sums of their groups.
+// Rounding rows of activations to int8, and sums of their codes.
 // Included by kernels.h, after the vectors of the instruction set.
 
 namespace jopt {
@@ -34,29 +34,14 @@ static double quantize(const float* x, int64_t inputs, int64_t stride, const flo
   return scale;
 }
 
-// The sum of the codes of one row.
-static int32_t sum_codes(const int8_t* codes, int64_t stride) {
+// The sum of codes of one row; their number is a multiple of 32.
+static int32_t sum_codes(const int8_t* codes, int64_t count) {
   int8_t ones[kBytes];
   std::memset(ones, 1, kBytes);
   const B one = b_load(ones);
   I sum = i_zero();
-  for (int64_t i = 0; i < stride; i += kBytes) sum = dot8(sum, one, b_load(codes + i));
+  for (int64_t i = 0; i < count; i += kBytes) sum = dot8(sum, one, b_load(codes + i));
   return i_sum(sum);
-}
-
-// -8 times the sum of each group of one row, over 8 lanes, and the sum itself.
-static void group_sums(const int8_t* codes, int64_t stride, int64_t group, int64_t groups,
-                       int32_t* offset, float* sum) {
-  for (int64_t g = 0; g < groups; ++g) {
-    int32_t* lanes = offset + 8 * g;
-    const int64_t end = least((g + 1) * group, stride);
-    I spread = i_zero();
-    for (int64_t i = g * group; i < end; i += kFloats) spread = i_add(spread, i_widen8(codes + i));
-    i_store(lanes, spread);
-    int64_t total = 0;
-    for (int64_t lane = 0; lane < kFloats; ++lane) total += lanes[lane] *= -8;
-    sum[g] = (float)(total / -8);
-  }
 }
 
 }  // namespace jopt

@@ -17,11 +17,8 @@ std::unique_ptr<T[]> scratch(int64_t size) {
 struct Rounded {
   std::unique_ptr<int8_t[]> codes;
   std::unique_ptr<double[]> scale;
-  std::unique_ptr<int32_t[]> offset;
-  std::unique_ptr<float[]> sum;
   std::unique_ptr<int32_t[]> total;
   Codes8 view;
-  GroupSums sums{nullptr, nullptr};
 };
 
 inline double total_of(const float* values, int64_t count) {
@@ -30,29 +27,25 @@ inline double total_of(const float* values, int64_t count) {
   return total;
 }
 
+// Rows rounded to int8, and the sums of every `group` codes of each; of none where there are no groups.
 template <class Pool>
-Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs,
-                const float* fixed, const Int4Weights* groups, bool totals) {
+Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
+                int64_t groups, int64_t group) {
   Rounded out;
   const int64_t stride = round_up(inputs, kPair);
   out.codes = scratch<int8_t>(rows * stride);
   out.scale = scratch<double>(rows);
-  if (totals) out.total = scratch<int32_t>(rows);
-  if (groups) {
-    out.offset = scratch<int32_t>(rows * groups->groups * 8);
-    out.sum = scratch<float>(rows * groups->groups);
-  }
-  over_ranges(pool, rows, 1, rows * inputs, [&](Range range) {
+  out.total = scratch<int32_t>(rows * groups);
+  over_ranges(pool, rows, 1, kOfRounding * rows * inputs, [&](Range range) {
     for (int64_t m = range.begin; m < range.end; ++m) {
-      out.scale[m] = quantize(x + m * inputs, inputs, stride, fixed, &out.codes[m * stride]);
-      if (totals) out.total[m] = sum_codes(&out.codes[m * stride], stride);
-      if (groups)
-        group_sums(&out.codes[m * stride], stride, groups->group, groups->groups,
-                     &out.offset[m * groups->groups * 8], &out.sum[m * groups->groups]);
+      int8_t* codes = &out.codes[m * stride];
+      out.scale[m] = quantize(x + m * inputs, inputs, stride, fixed, codes);
+      for (int64_t g = 0; g < groups; ++g)
+        out.total[m * groups + g] =
+            sum_codes(codes + g * group, least((g + 1) * group, stride) - g * group);
     }
   });
   out.view = {out.codes.get(), out.scale.get(), out.total.get(), rows, inputs, stride};
-  out.sums = {out.offset.get(), out.sum.get()};
   return out;
 }
 
@@ -103,67 +96,82 @@ constexpr int64_t kManyFloatRows = 16;  // from which on panels of floats pay
 constexpr int64_t kRowsOfBlock = 64;   // for which packing panels anew takes little time
 
 template <class Pool>
-void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs,
-              const float* fixed, const Int8Weights& w, float* y) {
-  const Rounded in = rounded(pool, x, rows, inputs, fixed, nullptr, w.zero || kShift);
-  if (rows >= kManyRows)
-    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
-                       [&](Range m, Range n) { int8_panels(in.view, w, m, n, y); });
-  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
-              [&](Range range) { int8(in.view, w, range, y); });
+void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
+              const Int8Weights& w, float* y) {
+  const int64_t stride = round_up(inputs, kPair);
+  const Rounded in = rounded(pool, x, rows, inputs, fixed, w.zero || kShift ? 1 : 0, stride);
+  over_blocks(pool, rows, kInt8Rows, w.outputs, rows * inputs * w.outputs,
+              [&](Range m, Range n) { int8(in.view, w, m, n, y); });
 }
 
 template <class Pool>
-void run_int8_float(Pool& pool, const float* x, int64_t rows, int64_t inputs,
-                    const Int8Weights& w, float* y) {
+void run_int8_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int8Weights& w,
+                    float* y) {
+  const int64_t work = kOfFloats * rows * inputs * w.outputs;
+  Floats in = unpadded(x, rows, inputs);
+  if (rows >= kManyFloatRows)
+    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, work, [&](Range m, Range n) {
+      by_floats(in, [&](int64_t first) { return int8_unpack(w, inputs, first); }, w.outputs, m, n, y);
+    });
   const auto total = scratch<double>(w.zero ? rows : 0);
   for (int64_t m = 0; w.zero && m < rows; ++m) total[m] = total_of(x + m * inputs, inputs);
-  if (rows >= kManyFloatRows) {
-    Floats in = unpadded(x, rows, inputs);
-    in.total = total.get();
-    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
-                       [&](Range m, Range n) { int8_float_panels(in, w, m, n, y); });
-  }
-  Padded in = padded(x, rows, inputs);
-  in.view.total = total.get();
-  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
-              [&](Range range) { int8_float(in.view, w, range, y); });
-}
-
-// Evenly spaced codes, or a codebook of int8 where the weights have a table.
-template <class Pool>
-void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs,
-              const Int4Weights& w, float* y) {
-  const Rounded in = rounded(pool, x, rows, inputs, nullptr, &w, false);
-  if (rows >= kManyRows) {
-    auto kernel = w.table ? codebook8_panels : int4_panels;
-    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
-                       [&](Range m, Range n) { kernel(in.view, in.sums, w, m, n, y); });
-  }
-  auto kernel = w.table ? codebook8 : int4;
-  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
-              [&](Range range) { kernel(in.view, in.sums, w, range, y); });
+  in.total = total.get();
+  over_blocks(pool, rows, rows, w.outputs, work,
+              [&](Range m, Range n) { int8_float(in, w, m, n, y); });
 }
 
 template <class Pool>
-void run_codebook(Pool& pool, const float* x, int64_t rows, int64_t inputs,
-                  const Int4Weights& w, float* y) {
+void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int4Weights& w,
+              float* y) {
+  const Rounded in = rounded(pool, x, rows, inputs, nullptr, w.groups, w.group);
+  over_blocks(pool, rows, kInt8Rows, w.outputs, rows * inputs * w.outputs,
+              [&](Range m, Range n) { int4(in.view, w, m, n, y); });
+}
+
+template <class Pool>
+void run_int4_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int4Weights& w,
+                    float* y) {
+  const Floats in = unpadded(x, rows, inputs);
+  const int64_t work = kOfFloats * rows * inputs * w.outputs;
+  over_blocks(pool, rows, kRowsOfBlock, w.outputs, work, [&](Range m, Range n) {
+    by_floats(in, [&](int64_t first) { return int4_unpack(w, inputs, first); }, w.outputs, m, n, y);
+  });
+}
+
+template <class Pool>
+void run_codebook(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Codebook& w,
+                  float* y) {
+  const Rounded in = rounded(pool, x, rows, inputs, nullptr, kShift ? w.groups : 0, w.group);
+  const int64_t work = rows * inputs * w.outputs;
+  if (rows >= kManyRows)
+    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, work,
+                       [&](Range m, Range n) { codebook8_panels(in.view, w, m, n, y); });
+  over_ranges(pool, w.outputs, kGrain, work, [&](Range range) { codebook8(in.view, w, range, y); });
+}
+
+template <class Pool>
+void run_codebook_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Codebook& w,
+                        float* y) {
+  const int64_t work = kOfFloats * rows * inputs * w.outputs;
   if (rows >= 2 * kManyFloatRows) {  // entries take longer to look up than codes to widen
     const Floats in = unpadded(x, rows, inputs);
-    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
-                       [&](Range m, Range n) { codebook_panels(in, w, m, n, y); });
+    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, work, [&](Range m, Range n) {
+      auto pack = [&](int64_t first) { return codebook_unpack(w, inputs, first); };
+      by_floats(in, pack, w.outputs, m, n, y);
+    });
   }
   const Padded in = padded(x, rows, inputs);
-  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
-              [&](Range range) { codebook(in.view, w, range, y); });
+  over_ranges(pool, w.outputs, kGrain, work, [&](Range range) { codebook(in.view, w, range, y); });
 }
 
 template <class Pool>
 void run_floats(Pool& pool, const float* x, int64_t rows, int64_t inputs, const FloatWeights& w,
                 float* y) {
   const Floats in = unpadded(x, rows, inputs);
-  over_blocks(pool, rows, kRowsOfBlock, w.outputs, rows * inputs * w.outputs,
-              [&](Range m, Range n) { float_panels(in, w, m, n, y); });
+  const int64_t work = kOfFloats * rows * inputs * w.outputs;
+  over_blocks(pool, rows, kRowsOfBlock, w.outputs, work, [&](Range m, Range n) {
+    by_floats(in, [&](int64_t first) { return float_pack(w, inputs, first); }, w.outputs, m, n, y);
+  });
 }
 
 // The signs of rows of floats as bits, 1 where x >= 0; `width` bytes a row.
@@ -171,7 +179,7 @@ template <class Pool>
 std::unique_ptr<uint8_t[]> packed_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
                                         int64_t width) {
   auto out = scratch<uint8_t>(rows * width);
-  over_ranges(pool, rows, 1, rows * inputs, [&](Range range) {
+  over_ranges(pool, rows, 1, kOfRounding * rows * inputs, [&](Range range) {
     for (int64_t m = range.begin; m < range.end; ++m)
       for (int64_t byte = 0; byte < width; ++byte) {
         const float* in = x + m * inputs + 8 * byte;
@@ -195,7 +203,7 @@ template <class Pool>
 void run_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
                const BitWeights& w, float* y) {
   const Padded in = padded(x, rows, inputs);
-  over_ranges(pool, w.outputs, kGrain, rows * inputs * w.outputs,
+  over_ranges(pool, w.outputs, kGrain, kOfFloats * rows * inputs * w.outputs,
               [&](Range range) { signs(in.view, w, range, y); });
 }
 
@@ -209,7 +217,7 @@ bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs,
     if (w.starts[n] > w.starts[n + 1]) return false;
   const Padded in = transposed(x, rows, inputs);
   std::atomic<bool> right{true};
-  over_ranges(pool, w.outputs, kGrain, rows * w.entries, [&](Range range) {
+  over_ranges(pool, w.outputs, kGrain, kOfFloats * rows * w.entries, [&](Range range) {
     if (!sparse(in.view, w, range, y)) right = false;
   });
   return right;
@@ -226,7 +234,7 @@ Padded with_edges(Pool& pool, const float* x, Window& s) {
   const int64_t line = width * s.channels, from = least(s.left, width);
   const int64_t count = least(s.width, width - from) * s.channels;
   out.data = scratch<float>(s.batch * height * line);
-  over_ranges(pool, s.batch * height, 1, s.batch * height * line, [&](Range range) {
+  over_ranges(pool, s.batch * height, 1, kOfFloats * s.batch * height * line, [&](Range range) {
     for (int64_t at = range.begin; at < range.end; ++at) {
       const int64_t row = at % height - s.top;
       float* to = &out.data[at * line];
@@ -247,7 +255,7 @@ void run_windows(Pool& pool, const float* x, const Pack& pack, int64_t outputs, 
   const int64_t rows = s.batch * s.out_rows;
   if (rows <= 0 || s.out_columns <= 0) return;
   const Padded in = with_edges(pool, x, s);
-  const int64_t work = rows * s.out_columns * s.rows * s.columns * s.channels * outputs;
+  const int64_t work = kOfFloats * rows * s.out_columns * s.rows * s.columns * s.channels * outputs;
   const int64_t many = kRowsOfBlock / s.out_columns + 1;
   over_blocks(pool, rows, many, outputs, work, [&](Range m, Range n) {
     convolution(in.view.data, pack, outputs, s, m, n, y);
@@ -265,14 +273,15 @@ template <class Pool>
 void run_int8_convolution(Pool& pool, const float* x, const Int8Weights& w, const Window& s,
                           float* y) {
   const int64_t inputs = s.rows * s.columns * s.channels;
-  auto pack = [&](int64_t first) { return int8_pack_floats(w, inputs, first); };
+  auto pack = [&](int64_t first) { return int8_unpack(w, inputs, first); };
   run_windows(pool, x, pack, w.outputs, s, y);
 }
 
 template <class Pool>
 void run_depthwise(Pool& pool, const float* x, const float* kernel,
                    const Window& s, float* y) {
-  const int64_t work = s.batch * s.out_rows * s.out_columns * s.channels * s.rows * s.columns;
+  const int64_t work =
+      kOfFloats * s.batch * s.out_rows * s.out_columns * s.channels * s.rows * s.columns;
   over_ranges(pool, s.batch * s.out_rows, 1, work,
               [&](Range range) { depthwise(x, kernel, s, range, y); });
 }

@@ -19,6 +19,7 @@ JOPT_INLINE F f_load_once(const float* p) {
 }
 JOPT_INLINE void f_store(float* p, F v) { _mm256_storeu_ps(p, v); }
 JOPT_INLINE F f_add(F a, F b) { return _mm256_add_ps(a, b); }
+JOPT_INLINE F f_sub(F a, F b) { return _mm256_sub_ps(a, b); }
 JOPT_INLINE F f_mul(F a, F b) { return _mm256_mul_ps(a, b); }
 JOPT_INLINE F f_fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 JOPT_INLINE float f_sum(F v) {
@@ -26,12 +27,6 @@ JOPT_INLINE float f_sum(F v) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-// The sums of four vectors.
-JOPT_INLINE void v_sum4(const F* v, float* out) {
-  F all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-}
-
 JOPT_INLINE B b_load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 JOPT_INLINE B f_bytes(F v) { return _mm256_castps_si256(v); }
 JOPT_INLINE void b_store(void* p, B v) { _mm256_storeu_si256((__m256i*)p, v); }
@@ -69,24 +64,6 @@ JOPT_INLINE void b_transpose(B* rows) {
   }
 }
 
-// Sixteen rows of 32 bytes: byte k of all of them goes to place k, 16 bytes each, 32 places.
-JOPT_INLINE void b_columns(const B* rows, uint8_t* to) {
-  B from[16], next[16];
-  JOPT_UNROLL for (int i = 0; i < 16; ++i) from[i] = rows[i];
-  // Each step brings bytes of rows that are 8, then 4, 2 and 1 apart side by side.
-  JOPT_UNROLL for (int step = 0; step < 4; ++step) {
-    JOPT_UNROLL for (int i = 0; i < 8; ++i) {
-      next[2 * i] = _mm256_unpacklo_epi8(from[i], from[i + 8]);
-      next[2 * i + 1] = _mm256_unpackhi_epi8(from[i], from[i + 8]);
-    }
-    JOPT_UNROLL for (int i = 0; i < 16; ++i) from[i] = next[i];
-  }
-  JOPT_UNROLL for (int i = 0; i < 16; ++i) {
-    _mm_storeu_si128((__m128i*)(to + 16 * i), _mm256_castsi256_si128(from[i]));
-    _mm_storeu_si128((__m128i*)(to + 16 * (i + 16)), _mm256_extracti128_si256(from[i], 1));
-  }
-}
-
 JOPT_INLINE B b_larger(B a, B b, uint16_t) { return _mm256_max_epu16(a, b); }
 JOPT_INLINE B b_larger(B a, B b, uint32_t) { return _mm256_max_epu32(a, b); }
 
@@ -101,11 +78,12 @@ JOPT_INLINE int32_t i_sum(I v) {
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
-JOPT_INLINE void v_sum4(const I* v, int32_t* out) {
-  I all = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-  __m128i low = _mm256_castsi256_si128(all), high = _mm256_extracti128_si256(all, 1);
-  _mm_storeu_si128((__m128i*)out, _mm_add_epi32(low, high));
+// The byte of a place in each word, with its sign.
+JOPT_INLINE I i_byte(B words, int place) {
+  return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * place), 24);
 }
+JOPT_INLINE F v_add(F a, F b) { return f_add(a, b); }
+JOPT_INLINE I v_add(I a, I b) { return i_add(a, b); }
 
 // The products of codes in [-128, 127] and activations in [-127, 127]. The magnitude of the code
 // is the unsigned operand, where 128 has a place, so -128 needs no care; 2 * 128 * 127 fits int16.
@@ -123,8 +101,8 @@ JOPT_INLINE I dot8(I sum, B codes, B x) {
 // whoever sums takes away kShift times the sum of the activations.
 #ifdef JOPT_VNNI
 constexpr int32_t kShift = 128;
-constexpr int kInt8Rows = 8, kInt4Rows = 6;  // whose sums fit in registers, two vectors each
-constexpr int64_t kManyRows = 8;  // from which on packing panels pays
+constexpr int kInt8Rows = 8, kInt4Rows = 4;  // whose sums fit in registers, two vectors each
+constexpr int64_t kManyRows = 8;  // from which on packing codebooks into panels pays
 JOPT_INLINE B b_shifted(B codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
 JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return _mm256_dpbusd_epi32(sum, codes, x); }
 #else
@@ -135,20 +113,21 @@ JOPT_INLINE B b_shifted(B codes) { return codes; }
 JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
 #endif
 
-// The products of two blocks of nibbles in [0, 15] and activations: 4 * 15 * 127 fits int16.
-JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
+// The products of blocks of nibbles in [0, 15] and activations: 4 * 15 * 127 fits int16.
 #ifdef JOPT_VNNI
-  return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(sum, low, x_low), high, x_high);
+JOPT_INLINE I dot4(I sum, B codes, B x) { return _mm256_dpbusd_epi32(sum, codes, x); }
+JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
+  return dot4(dot4(sum, low, x_low), high, x_high);
+}
 #else
+JOPT_INLINE I dot4(I sum, B codes, B x) {
+  return i_add(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+}
+JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
   I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, x_low), _mm256_maddubs_epi16(high, x_high));
   return i_add(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
 #endif
-}
-
-JOPT_INLINE I i_widen8(const int8_t* p) {
-  return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
-}
-JOPT_INLINE F widen8(const int8_t* p) { return _mm256_cvtepi32_ps(i_widen8(p)); }
 
 // Entries of a table of 16 floats, by 8 indices of bytes.
 struct Table {
@@ -199,7 +178,7 @@ JOPT_INLINE I i_magnitudes(I most, F x) {
 }
 JOPT_INLINE I round8(F x, F inverse, F limit) {
   F value = _mm256_mul_ps(x, inverse);
-  value = _mm256_max_ps(_mm256_sub_ps(f_zero(), limit), _mm256_min_ps(value, limit));
+  value = _mm256_max_ps(f_sub(f_zero(), limit), _mm256_min_ps(value, limit));
   return _mm256_cvtps_epi32(value);
 }
 JOPT_INLINE void b_round(int8_t* out, const float* x, float inverse) {

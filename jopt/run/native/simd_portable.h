@@ -29,6 +29,10 @@ JOPT_INLINE F f_add(F a, F b) {
   for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
   return a;
 }
+JOPT_INLINE F f_sub(F a, F b) {
+  for (int i = 0; i < 8; ++i) a.v[i] -= b.v[i];
+  return a;
+}
 JOPT_INLINE F f_mul(F a, F b) {
   for (int i = 0; i < 8; ++i) a.v[i] *= b.v[i];
   return a;
@@ -40,9 +44,6 @@ JOPT_INLINE F f_fma(F a, F b, F c) {
 JOPT_INLINE float f_sum(F v) {
   const float* p = v.v;
   return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
-}
-JOPT_INLINE void v_sum4(const F* v, float* out) {
-  for (int i = 0; i < 4; ++i) out[i] = f_sum(v[i]);
 }
 
 JOPT_INLINE B b_load(const void* p) {
@@ -84,11 +85,6 @@ JOPT_INLINE void b_transpose(B* rows) {
     for (int j = 0; j < 8; ++j) std::memcpy(rows[j].v + 4 * i, from[i].v + 4 * j, 4);
 }
 
-JOPT_INLINE void b_columns(const B* rows, uint8_t* to) {
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 32; ++k) to[16 * k + i] = rows[i].v[k];
-}
-
 template <class Word>
 JOPT_INLINE B b_larger(B a, B b, Word) {
   Word one[sizeof a.v / sizeof(Word)], other[sizeof a.v / sizeof(Word)];
@@ -121,9 +117,13 @@ JOPT_INLINE int32_t i_sum(I v) {
   for (int i = 0; i < 8; ++i) sum += v.v[i];
   return sum;
 }
-JOPT_INLINE void v_sum4(const I* v, int32_t* out) {
-  for (int i = 0; i < 4; ++i) out[i] = i_sum(v[i]);
+JOPT_INLINE I i_byte(const B& words, int place) {
+  I out;
+  for (int i = 0; i < 8; ++i) out.v[i] = (int8_t)words.v[4 * i + place];
+  return out;
 }
+JOPT_INLINE F v_add(F a, F b) { return f_add(a, b); }
+JOPT_INLINE I v_add(I a, I b) { return i_add(a, b); }
 
 JOPT_INLINE I dot8(I sum, B codes, B x) {
   int16_t products[32];
@@ -136,20 +136,10 @@ constexpr int kInt8Rows = 4, kInt4Rows = 2;
 constexpr int64_t kManyRows = 16;
 JOPT_INLINE B b_shifted(B codes) { return codes; }
 JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
+JOPT_INLINE I dot4(I sum, B codes, B x) { return dot8(sum, codes, x); }
 JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
   return dot8(dot8(sum, low, x_low), high, x_high);
 }
-JOPT_INLINE I i_widen8(const int8_t* p) {
-  I out;
-  for (int i = 0; i < 8; ++i) out.v[i] = p[i];
-  return out;
-}
-JOPT_INLINE F widen8(const int8_t* p) {
-  F out;
-  for (int i = 0; i < 8; ++i) out.v[i] = (float)p[i];
-  return out;
-}
-
 struct Table {
   float v[16];
 };
