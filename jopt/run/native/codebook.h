@@ -178,42 +178,33 @@ struct EntryTile {
   const Codebook& w;
   const EntryPanel& panel;
   float* y;
-  int64_t count = panel.count;
 
-  template <int T, int V>
+  template <int T>
   JOPT_INLINE_MEMBER void run(int64_t m) const {
     const uint8_t* words = panel.words.get();
     const int8_t* in[T];
-    F total[T][V];
+    WF total[T];
     JOPT_UNROLL for (int t = 0; t < T; ++t) {
       in[t] = x.codes + (m + t) * x.stride;
-      JOPT_UNROLL for (int v = 0; v < V; ++v) total[t][v] = f_zero();
+      total[t] = wf_set(0);
     }
     for (int64_t g = 0; g < w.groups; ++g) {
-      I sum[T][V];
-      JOPT_UNROLL for (int t = 0; t < T; ++t) JOPT_UNROLL for (int v = 0; v < V; ++v)
-        sum[t][v] = i_set(kShift ? -kShift * x.total[(m + t) * w.groups + g] : 0);
+      WI sum[T];
+      JOPT_UNROLL for (int t = 0; t < T; ++t)
+        sum[t] = wi_set(kShift ? -kShift * x.total[(m + t) * w.groups + g] : 0);
       const int64_t end = least((g + 1) * w.group, x.stride);
       for (int64_t k = g * w.group; k < end; k += kWord, words += kPanel * kWord) {
-        B codes[V];
-        JOPT_UNROLL for (int v = 0; v < V; ++v) codes[v] = b_load(words + v * kBytes);
-        JOPT_UNROLL for (int t = 0; t < T; ++t) {
-          const B spread = b_spread(in[t] + k);
-          JOPT_UNROLL for (int v = 0; v < V; ++v)
-            sum[t][v] = dot_shifted(sum[t][v], codes[v], spread);
-        }
-      }
-      JOPT_UNROLL for (int v = 0; v < V; ++v) {
-        const F scale = f_load(panel.scales.get() + g * kPanel + v * kFloats);
+        const WB codes = wb_load(words);
         JOPT_UNROLL for (int t = 0; t < T; ++t)
-          total[t][v] = f_fma(scale, i_float(sum[t][v]), total[t][v]);
+          sum[t] = wi_dot_shifted(sum[t], codes, wb_spread(in[t] + k));
       }
+      const WF scale = wf_load(panel.scales.get() + g * kPanel);
+      JOPT_UNROLL for (int t = 0; t < T; ++t)
+        total[t] = wf_fma(scale, wi_float(sum[t]), total[t]);
     }
-    JOPT_UNROLL for (int t = 0; t < T; ++t) {
-      const F step = f_set((float)x.scale[m + t]);
-      JOPT_UNROLL for (int v = 0; v < V; ++v) total[t][v] = f_mul(step, total[t][v]);
-      put<V>(total[t], count, y + (m + t) * w.outputs + panel.first);
-    }
+    JOPT_UNROLL for (int t = 0; t < T; ++t)
+      put(wf_mul(wf_set((float)x.scale[m + t]), total[t]), panel.count,
+          y + (m + t) * w.outputs + panel.first);
   }
 };
 

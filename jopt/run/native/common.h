@@ -1,6 +1,7 @@
 // What every kernel needs: the arguments of each, ranges of outputs, rounding up, prefetch.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>

@@ -8,100 +8,89 @@ struct Int4Tile {
   const Int4Weights& w;
   int64_t first;
   float* y;
-  int64_t count = least(kPanel, w.outputs - first);
 
-  template <int T, int V>
-  using Sums = I[kSums<T>][T][V];
+  template <int T>
+  using Sums = WI[kSums<T>][T];
 
   // Adds a block of 64 inputs, or the half of it that lies below or above.
-  template <int T, int V, bool kBelow = true, bool kAbove = true>
-  JOPT_INLINE_MEMBER void add(const uint8_t* words, const int8_t* const* in, Sums<T, V>& sum) const {
+  template <int T, bool kBelow = true, bool kAbove = true>
+  JOPT_INLINE_MEMBER void add(const uint8_t* words, const int8_t* const* in, Sums<T>& sum) const {
     JOPT_UNROLL for (int i = 0; i < kBlock; ++i, words += kPanel * kWord) {
-      B low[V], high[V];
       if (kBelow) prefetch(words + kAheadBytes);
-      JOPT_UNROLL for (int v = 0; v < V; ++v) {
-        const B codes = b_load(words + v * kBytes);
-        low[v] = b_low(codes);
-        high[v] = b_high(codes);
-      }
+      const WB codes = wb_load_once(words), low = wb_low(codes), high = wb_high(codes);
       JOPT_UNROLL for (int t = 0; t < T; ++t) {
-        const B below = b_spread(in[t] + i * kWord), above = b_spread(in[t] + kBytes + i * kWord);
-        JOPT_UNROLL for (int v = 0; v < V; ++v) {
-          I& one = sum[i % kSums<T>][t][v];
-          if constexpr (kBelow && kAbove)
-            one = dot4(one, low[v], below, high[v], above);
-          else
-            one = dot4(one, kBelow ? low[v] : high[v], kBelow ? below : above);
-        }
+        const WB below = wb_spread(in[t] + i * kWord), above = wb_spread(in[t] + kBytes + i * kWord);
+        WI& one = sum[i % kSums<T>][t];
+        if constexpr (kBelow && kAbove)
+          one = wi_dot4(one, low, below, high, above);
+        else
+          one = wi_dot4(one, kBelow ? low : high, kBelow ? below : above);
       }
     }
   }
 
-  template <int T, int V>
+  template <int T>
   JOPT_INLINE_MEMBER void run(int64_t m) const {
     constexpr int S = kSums<T>;
-    const uint8_t* words = w.panel(first);
-    const float* scales = w.scale + first * w.groups;
-    const float* zeros = w.zero ? w.zero + first * w.groups : nullptr;
+    const float* scale = w.scale + first * w.groups;
+    const float* zero = w.zero ? w.zero + first * w.groups : nullptr;
     const int8_t* in[T];
-    F total[T][V];
+    const int32_t* sums[T];
+    WF total[T];
     JOPT_UNROLL for (int t = 0; t < T; ++t) {
       in[t] = x.codes + (m + t) * x.stride;
-      JOPT_UNROLL for (int v = 0; v < V; ++v) total[t][v] = f_zero();
+      sums[t] = x.total + (m + t) * w.groups;
+      total[t] = wf_set(0);
     }
-    auto start = [&](Sums<T, V>& sum, int64_t g) __attribute__((always_inline)) {
-      JOPT_UNROLL for (int s = 0; s < S; ++s) JOPT_UNROLL for (int t = 0; t < T; ++t)
-        JOPT_UNROLL for (int v = 0; v < V; ++v)
-          sum[s][t][v] = i_set(s ? 0 : -8 * x.total[(m + t) * w.groups + g]);
+    auto start = [&](Sums<T>& sum) __attribute__((always_inline)) {
+      JOPT_UNROLL for (int s = 0; s < S; ++s)
+        JOPT_UNROLL for (int t = 0; t < T; ++t) sum[s][t] = wi_set(s ? 0 : -8 * *sums[t]);
     };
-    auto finish = [&](Sums<T, V>& sum, int64_t g) __attribute__((always_inline)) {
+    auto finish = [&](Sums<T>& sum) __attribute__((always_inline)) {
       join_sums(sum);
-      JOPT_UNROLL for (int v = 0; v < V; ++v) {
-        const F scale = f_load(scales + g * kPanel + v * kFloats);
+      const WF by = wf_load(scale);
+      JOPT_UNROLL for (int t = 0; t < T; ++t) total[t] = wf_fma(by, wi_float(sum[0][t]), total[t]);
+      if (zero) {
+        const WF shift = wf_mul(by, wf_load(zero));
         JOPT_UNROLL for (int t = 0; t < T; ++t)
-          total[t][v] = f_fma(scale, i_float(sum[0][t][v]), total[t][v]);
-        if (!zeros) continue;
-        const F shift = f_mul(scale, f_load(zeros + g * kPanel + v * kFloats));
-        JOPT_UNROLL for (int t = 0; t < T; ++t) {
-          const F less = f_set((float)-x.total[(m + t) * w.groups + g]);
-          total[t][v] = f_fma(shift, less, total[t][v]);
-        }
+          total[t] = wf_fma(shift, wf_set((float)-*sums[t]), total[t]);
+        zero += kPanel;
       }
+      scale += kPanel;
+      JOPT_UNROLL for (int t = 0; t < T; ++t) ++sums[t];
     };
-    auto block = [&](int64_t b) __attribute__((always_inline)) {
-      JOPT_UNROLL for (int t = 0; t < T; ++t) in[t] = x.codes + (m + t) * x.stride + b * kPair;
-      return words + b * kBlock * kPanel * kWord;
+    auto next = [&] __attribute__((always_inline)) {
+      JOPT_UNROLL for (int t = 0; t < T; ++t) in[t] += kPair;
     };
-    const int64_t blocks = w.words / kBlock;
+    const uint8_t* words = w.panel(first);
+    constexpr int64_t kBlockBytes = kBlock * kPanel * kWord;
+    const uint8_t* end = words + w.words * kPanel * kWord;
     if (w.group == kBytes) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const uint8_t* at = block(b);
-        Sums<T, V> sum;
-        start(sum, 2 * b);
-        add<T, V, true, false>(at, in, sum);
-        finish(sum, 2 * b);
-        if (2 * b + 1 == w.groups) break;
-        start(sum, 2 * b + 1);
-        add<T, V, false, true>(at, in, sum);
-        finish(sum, 2 * b + 1);
+      for (int64_t g = 0; words < end; words += kBlockBytes, next()) {
+        Sums<T> sum;
+        start(sum);
+        add<T, true, false>(words, in, sum);
+        finish(sum);
+        if (++g == w.groups) break;
+        start(sum);
+        add<T, false, true>(words, in, sum);
+        finish(sum);
+        ++g;
       }
     } else {
-      const int64_t each = w.group / kPair;
-      for (int64_t g = 0; g < w.groups; ++g) {
-        Sums<T, V> sum;
-        start(sum, g);
-        for (int64_t b = g * each; b < least((g + 1) * each, blocks); ++b) {
-          const uint8_t* at = block(b);
-          add<T, V>(at, in, sum);
-        }
-        finish(sum, g);
+      const int64_t bytes = w.group / kPair * kBlockBytes;
+      while (words < end) {
+        const uint8_t* stop = end - words < bytes ? end : words + bytes;
+        Sums<T> sum;
+        start(sum);
+        for (; words < stop; words += kBlockBytes, next()) add<T>(words, in, sum);
+        finish(sum);
       }
     }
-    JOPT_UNROLL for (int t = 0; t < T; ++t) {
-      const F step = f_set((float)x.scale[m + t]);
-      JOPT_UNROLL for (int v = 0; v < V; ++v) total[t][v] = f_mul(step, total[t][v]);
-      put<V>(total[t], count, y + (m + t) * w.outputs + first);
-    }
+    const int64_t count = least(kPanel, w.outputs - first);
+    JOPT_UNROLL for (int t = 0; t < T; ++t)
+      put(wf_mul(wf_set((float)x.scale[m + t]), total[t]), count,
+          y + (m + t) * w.outputs + first);
   }
 };
 
@@ -120,16 +109,13 @@ static FloatPanel int4_unpack(const Int4Weights& w, int64_t inputs, int64_t firs
       const int64_t k = i / kBlock * kPair + i % kBlock * kWord + above * kBytes;
       if (k >= inputs) continue;
       const int64_t at = k / w.group * kPanel;
-      for (int half = 0; half < 2; ++half) {
-        const B codes = b_load(words + half * kBytes);
-        const B nibbles = above ? b_high(codes) : b_low(codes);
-        const F scale = f_load(scales + at + half * kFloats);
-        F zero = f_set(8.0f);
-        if (w.zero) zero = f_add(zero, f_load(w.zero + first * w.groups + at + half * kFloats));
-        JOPT_UNROLL for (int j = 0; j < kWord; ++j)
-          f_store(panel.weights.get() + (k + j) * kPanel + half * kFloats,
-                  f_mul(scale, f_sub(i_float(i_byte(nibbles, j)), zero)));
-      }
+      const WB codes = wb_load(words), nibbles = above ? wb_high(codes) : wb_low(codes);
+      const WF scale = wf_load(scales + at);
+      WF zero = wf_set(8.0f);
+      if (w.zero) zero = w_add(zero, wf_load(w.zero + first * w.groups + at));
+      JOPT_UNROLL for (int j = 0; j < kWord; ++j)
+        wf_store(panel.weights.get() + (k + j) * kPanel,
+                 wf_mul(scale, wf_sub(wi_float(wi_byte(nibbles, j)), zero)));
     }
   return panel;
 }

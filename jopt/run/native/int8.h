@@ -8,55 +8,45 @@ struct Int8Tile {
   const Int8Weights& w;
   const Ends& ends;
   float* y;
-  int64_t count = ends.count;
 
-  template <int T, int V>
+  template <int T>
   JOPT_INLINE_MEMBER void run(int64_t m) const {
     constexpr int S = kSums<T>;
     const int8_t* words = w.panel(ends.first);
     const int8_t* in[T];
-    I sum[S][T][V];
+    WI sum[S][T];
     JOPT_UNROLL for (int t = 0; t < T; ++t) {
       in[t] = x.codes + (m + t) * x.stride;
-      JOPT_UNROLL for (int s = 0; s < S; ++s) JOPT_UNROLL for (int v = 0; v < V; ++v)
-        sum[s][t][v] = i_set(kShift && s == 0 ? -kShift * x.total[m + t] : 0);
+      JOPT_UNROLL for (int s = 0; s < S; ++s)
+        sum[s][t] = wi_set(kShift && s == 0 ? -kShift * x.total[m + t] : 0);
     }
     for (int64_t k = 0; k < w.words * kWord; k += S * kWord) {
       JOPT_UNROLL for (int s = 0; s < S; ++s, words += kPanel * kWord) {
-        B codes[V];
         prefetch(words + kAheadBytes);
-        JOPT_UNROLL for (int v = 0; v < V; ++v) codes[v] = b_shifted(b_load(words + v * kBytes));
-        JOPT_UNROLL for (int t = 0; t < T; ++t) {
-          const B spread = b_spread(in[t] + k + s * kWord);
-          JOPT_UNROLL for (int v = 0; v < V; ++v)
-            sum[s][t][v] = dot_shifted(sum[s][t][v], codes[v], spread);
-        }
+        const WB codes = wb_shifted(wb_load(words));
+        JOPT_UNROLL for (int t = 0; t < T; ++t)
+          sum[s][t] = wi_dot_shifted(sum[s][t], codes, wb_spread(in[t] + k + s * kWord));
       }
     }
     join_sums(sum);
-    JOPT_UNROLL for (int t = 0; t < T; ++t) finish<V>(m + t, sum[0][t]);
+    JOPT_UNROLL for (int t = 0; t < T; ++t) finish(m + t, sum[0][t]);
   }
 
-  template <int V>
-  JOPT_INLINE_MEMBER void finish(int64_t m, const I* sum) const {
+  JOPT_INLINE_MEMBER void finish(int64_t m, WI sum) const {
     float* out = y + m * w.outputs + ends.first;
     if (w.zero) {
-      int32_t lanes[V * kFloats];
-      JOPT_UNROLL for (int v = 0; v < V; ++v) i_store(lanes + v * kFloats, sum[v]);
-      for (int64_t n = 0; n < count; ++n)
+      int32_t lanes[kPanel];
+      wi_store(lanes, sum);
+      for (int64_t n = 0; n < ends.count; ++n)
         out[n] = (float)(x.scale[m] * ((double)ends.scale[n] *
                                        (lanes[n] - (double)ends.zero[n] * x.total[m])));
       return;
     }
     // In the order in which no product is too large or too small for a float unless the last is.
-    const F step = f_set((float)x.scale[m]);
+    const WF step = wf_set((float)x.scale[m]), scale = wf_load(ends.scale), value = wi_float(sum);
     const bool large = x.scale[m] >= 1;
-    F values[V];
-    JOPT_UNROLL for (int v = 0; v < V; ++v) {
-      const F scale = f_load(ends.scale + v * kFloats), value = i_float(sum[v]);
-      values[v] = large ? f_mul(f_mul(value, scale), step) : f_mul(f_mul(value, step), scale);
-    }
-    put<V>(values, count, out);
+    put(large ? wf_mul(wf_mul(value, scale), step) : wf_mul(wf_mul(value, step), scale), ends.count,
+        out);
   }
 };
 
@@ -71,40 +61,33 @@ struct Int8FloatTile {
   const Int8Weights& w;
   const Ends& ends;
   float* y;
-  int64_t count = ends.count;
 
-  template <int T, int V>
+  template <int T>
   JOPT_INLINE_MEMBER void run(int64_t m) const {
     constexpr int S = kSums<T>;
     const int8_t* words = w.panel(ends.first);
     const float* in[T];
-    F sum[S][T][V];
+    WF sum[S][T];
     JOPT_UNROLL for (int t = 0; t < T; ++t) {
       in[t] = x.data + (m + t) * x.stride;
-      JOPT_UNROLL for (int s = 0; s < S; ++s)
-        JOPT_UNROLL for (int v = 0; v < V; ++v) sum[s][t][v] = f_zero();
+      JOPT_UNROLL for (int s = 0; s < S; ++s) sum[s][t] = wf_set(0);
     }
-    auto add = [&](const B* codes, int64_t k, int j) __attribute__((always_inline)) {
-      JOPT_UNROLL for (int v = 0; v < V; ++v) {
-        const F column = i_float(i_byte(codes[v], j));
-        JOPT_UNROLL for (int t = 0; t < T; ++t)
-          sum[j % S][t][v] = f_fma(column, f_set(in[t][k + j]), sum[j % S][t][v]);
-      }
-    };
-    int64_t k = 0;
-    for (; k < x.inputs; k += kWord, words += kPanel * kWord) {
-      B codes[V];
+    for (int64_t k = 0; k < x.inputs; k += kWord, words += kPanel * kWord) {
       prefetch(words + kAheadBytes);
-      JOPT_UNROLL for (int v = 0; v < V; ++v) codes[v] = b_load(words + v * kBytes);
-      JOPT_UNROLL for (int j = 0; j < kWord; ++j)
-        if (j == 0 || k + j < x.inputs) add(codes, k, j);
+      const WB codes = wb_load(words);
+      JOPT_UNROLL for (int j = 0; j < kWord; ++j) {
+        if (j && k + j >= x.inputs) break;
+        const WF column = wi_float(wi_byte(codes, j));
+        JOPT_UNROLL for (int t = 0; t < T; ++t)
+          sum[j % S][t] = wf_fma(column, wf_set(in[t][k + j]), sum[j % S][t]);
+      }
     }
     join_sums(sum);
     JOPT_UNROLL for (int t = 0; t < T; ++t) {
       float* out = y + (m + t) * w.outputs + ends.first;
-      float lanes[V * kFloats];
-      JOPT_UNROLL for (int v = 0; v < V; ++v) f_store(lanes + v * kFloats, sum[0][t][v]);
-      for (int64_t n = 0; n < count; ++n) {
+      float lanes[kPanel];
+      wf_store(lanes, sum[0][t]);
+      for (int64_t n = 0; n < ends.count; ++n) {
         const double less = w.zero ? (double)ends.zero[n] * x.total[m + t] : 0;
         out[n] = (float)(ends.scale[n] * (lanes[n] - less));
       }
@@ -123,14 +106,12 @@ static FloatPanel int8_unpack(const Int8Weights& w, int64_t inputs, int64_t firs
   const Ends ends(first, w.outputs, w.scale, w.zero);
   const int8_t* words = w.panel(first);
   float* to = panel.weights.get();
-  for (int64_t k = 0; k < inputs; k += kWord, words += kPanel * kWord, to += kPanel * kWord)
-    for (int half = 0; half < 2; ++half) {
-      const B codes = b_load(words + half * kBytes);
-      const F scale = f_load(ends.scale + half * kFloats);
-      const F zero = f_load(ends.zero + half * kFloats);
-      JOPT_UNROLL for (int j = 0; j < kWord; ++j)
-        f_store(to + j * kPanel + half * kFloats, f_mul(scale, f_sub(i_float(i_byte(codes, j)), zero)));
-    }
+  const WF scale = wf_load(ends.scale), zero = wf_load(ends.zero);
+  for (int64_t k = 0; k < inputs; k += kWord, words += kPanel * kWord, to += kPanel * kWord) {
+    const WB codes = wb_load(words);
+    JOPT_UNROLL for (int j = 0; j < kWord; ++j)
+      wf_store(to + j * kPanel, wf_mul(scale, wf_sub(wi_float(wi_byte(codes, j)), zero)));
+  }
   return panel;
 }
 

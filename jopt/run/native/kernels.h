@@ -13,6 +13,7 @@
 #include "simd_portable.h"
 #endif
 
+#include "wide.h"
 #include "quantize.h"
 #include "panels.h"
 #include "int8.h"

@@ -1,45 +1,33 @@
 // What products in panels share: how rows are gone through, sums of floats, and how sums are written.
-// A tile sums T rows by the 16 outputs of a panel, or by its first 8 where V is 1.
-// Included by kernels.h, after the vectors of the instruction set.
+// A tile sums T rows by the 16 outputs of a panel.
+// Included by kernels.h, after wide.h.
 
 namespace jopt {
 
-constexpr int kFloatRows = 6;     // rows whose sums of floats fit in registers, two vectors each
 constexpr int64_t kAheadBytes = 16384;  // by which prefetches of weights run ahead
 
 // Sums that do not wait for each other: of few rows more than one for each output.
 template <int T>
 constexpr int kSums = T >= 4 ? 1 : T == 1 ? 4 : 2;
 
-template <class Vector, int S, int T, int V>
-JOPT_INLINE void join_sums(Vector (&sum)[S][T][V]) {
-  JOPT_UNROLL for (int s = S - 1; s > 0; --s) JOPT_UNROLL for (int t = 0; t < T; ++t)
-    JOPT_UNROLL for (int v = 0; v < V; ++v)
-      sum[s / 2][t][v] = v_add(sum[s / 2][t][v], sum[s][t][v]);
+template <class Vector, int S, int T>
+JOPT_INLINE void join_sums(Vector (&sum)[S][T]) {
+  JOPT_UNROLL for (int s = S - 1; s > 0; --s)
+    JOPT_UNROLL for (int t = 0; t < T; ++t) sum[s / 2][t] = w_add(sum[s / 2][t], sum[s][t]);
 }
 
-template <int V>
-JOPT_INLINE void put(const F* values, int64_t count, float* y) {
-  if (count >= V * kFloats) {
-    JOPT_UNROLL for (int v = 0; v < V; ++v) f_store(y + v * kFloats, values[v]);
-    return;
-  }
-  float all[V * kFloats];
-  JOPT_UNROLL for (int v = 0; v < V; ++v) f_store(all + v * kFloats, values[v]);
+JOPT_INLINE void put(WF values, int64_t count, float* y) {
+  if (count == kPanel) return wf_store(y, values);
+  float all[kPanel];
+  wf_store(all, values);
   std::memcpy(y, all, count * sizeof(float));
-}
-
-template <int T, int V, class Tile>
-JOPT_INLINE void rows_from(int64_t m, int64_t end, const Tile& tile) {
-  for (; m + T <= end; m += T) tile.template run<T, V>(m);
-  if constexpr (T > 1) rows_from<T / 2, V>(m, end, tile);
 }
 
 // T rows at a time, then half as many, down to one.
 template <int T, class Tile>
-JOPT_INLINE void over_rows(Range rows, Tile tile) {
-  if (tile.count > kFloats) return rows_from<T, 2>(rows.begin, rows.end, tile);
-  rows_from<T, 1>(rows.begin, rows.end, tile);
+JOPT_INLINE void over_rows(Range rows, const Tile& tile) {
+  for (; rows.begin + T <= rows.end; rows.begin += T) tile.template run<T>(rows.begin);
+  if constexpr (T > 1) over_rows<T / 2>(rows, tile);
 }
 
 // What outputs of a panel come with, and how many there are: of the others it is 0.
@@ -75,37 +63,49 @@ struct Runs {
 
 JOPT_INLINE Runs one_run(const Floats& x) { return {x.data, x.stride, 1, x.inputs, 0}; }
 
+// T rows by W panels: a number that is spread over lanes serves them all.
+template <size_t W>
 struct FloatTile {
   Runs x;
-  const FloatPanel& panel;
+  const std::array<FloatPanel, W>& panels;
   int64_t outputs;
   float* y;
-  int64_t count = panel.count;
 
-  template <int T, int V>
+  template <int T>
   JOPT_INLINE_MEMBER void run(int64_t m) const {
-    const float* weights = panel.weights.get();
+    const float* weights[W];
     const float* in[T];
-    F sum[T][V];
+    WF sum[T][W];
+    JOPT_UNROLL for (size_t w = 0; w < W; ++w) weights[w] = panels[w].weights.get();
     JOPT_UNROLL for (int t = 0; t < T; ++t) {
       in[t] = x.data + (m + t) * x.stride;
-      JOPT_UNROLL for (int v = 0; v < V; ++v) sum[t][v] = f_zero();
+      JOPT_UNROLL for (size_t w = 0; w < W; ++w) sum[t][w] = wf_set(0);
     }
     for (int64_t run = 0; run < x.runs; ++run) {
-      for (int64_t k = 0; k < x.length; ++k, weights += kPanel) {
-        F column[V];
-        JOPT_UNROLL for (int v = 0; v < V; ++v) column[v] = f_load(weights + v * kFloats);
+      for (int64_t k = 0; k < x.length; ++k) {
+        WF column[W];
+        JOPT_UNROLL for (size_t w = 0; w < W; ++w) {
+          column[w] = wf_load(weights[w]);
+          weights[w] += kPanel;
+        }
         JOPT_UNROLL for (int t = 0; t < T; ++t) {
-          const F spread = f_set(in[t][k]);
-          JOPT_UNROLL for (int v = 0; v < V; ++v) sum[t][v] = f_fma(column[v], spread, sum[t][v]);
+          const WF spread = wf_set(in[t][k]);
+          JOPT_UNROLL for (size_t w = 0; w < W; ++w)
+            sum[t][w] = wf_fma(column[w], spread, sum[t][w]);
         }
       }
       JOPT_UNROLL for (int t = 0; t < T; ++t) in[t] += x.jump;
     }
-    JOPT_UNROLL for (int t = 0; t < T; ++t)
-      put<V>(sum[t], count, y + (m + t) * outputs + panel.first);
+    JOPT_UNROLL for (int t = 0; t < T; ++t) JOPT_UNROLL for (size_t w = 0; w < W; ++w)
+      put(sum[t][w], panels[w].count, y + (m + t) * outputs + panels[w].first);
   }
 };
+
+template <size_t W>
+JOPT_INLINE FloatTile<W> float_tile(const Runs& x, const std::array<FloatPanel, W>& panels,
+                                    int64_t outputs, float* y) {
+  return {x, panels, outputs, y};
+}
 
 constexpr int64_t kAheadRows = 12;  // no stream: rows lie apart
 
@@ -115,14 +115,21 @@ static FloatPanel float_pack(const FloatWeights& w, int64_t inputs, int64_t firs
   for (int64_t k = 0; k < inputs; ++k, to += kPanel) {
     const float* from = w.kernel + k * w.outputs + first;
     prefetch(from + kAheadRows * w.outputs);
-    if (panel.count == kPanel) {
-      f_store(to, f_load(from));
-      f_store(to + kFloats, f_load(from + kFloats));
-    } else {
+    if (panel.count == kPanel)
+      wf_store(to, wf_load(from));
+    else
       for (int64_t n = 0; n < kPanel; ++n) to[n] = n < panel.count ? from[n] : 0.0f;
-    }
   }
   return panel;
+}
+
+// Calls body(panels) for the outputs, as many panels together as sums fit in registers.
+template <class Pack, class Body>
+JOPT_INLINE void over_panels(Range outputs, const Pack& pack, const Body& body) {
+  int64_t n = outputs.begin;
+  for (; kFloatPanels == 2 && n + kPanel < outputs.end; n += 2 * kPanel)
+    body(std::array<FloatPanel, 2>{pack(n), pack(n + kPanel)});
+  for (; n < outputs.end; n += kPanel) body(std::array<FloatPanel, 1>{pack(n)});
 }
 
 // Rows by panels that `pack(first)` makes.
@@ -130,10 +137,9 @@ template <class Pack>
 JOPT_INLINE void by_floats(const Floats& x, const Pack& pack, int64_t count, Range rows,
                            Range outputs, float* y) {
   const Runs in = one_run(x);
-  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
-    const FloatPanel panel = pack(n);
-    over_rows<kFloatRows>(rows, FloatTile{in, panel, count, y});
-  }
+  over_panels(outputs, pack, [&](const auto& panels) {
+    over_rows<kFloatRows>(rows, float_tile(in, panels, count, y));
+  });
 }
 
 // A convolution of all channels, whose panels `pack(first)` makes. Rows are those of the outputs'
@@ -143,15 +149,14 @@ template <class Pack>
 static void convolution(const float* x, const Pack& pack, int64_t count, const Window& s, Range rows,
                         Range outputs, float* y) {
   const int64_t length = s.columns * s.channels, line = s.width * s.channels;
-  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
-    const FloatPanel panel = pack(n);
+  over_panels(outputs, pack, [&](const auto& panels) {
     for (int64_t at = rows.begin; at < rows.end; ++at) {
       const int64_t top = at / s.out_rows * s.height + at % s.out_rows * s.stride_rows;
       const Runs in{x + top * line, s.stride_columns * s.channels, s.rows, length, line};
-      float* out = y + at * s.out_columns * count;
-      over_rows<kFloatRows>(Range{0, s.out_columns}, FloatTile{in, panel, count, out});
+      over_rows<kFloatRows>(Range{0, s.out_columns},
+                            float_tile(in, panels, count, y + at * s.out_columns * count));
     }
-  }
+  });
 }
 
 }  // namespace jopt

@@ -66,14 +66,14 @@ void over_ranges(Pool& pool, int64_t outputs, int64_t grain, int64_t work, const
 }
 
 // Calls body(rows, outputs) over blocks of both: outputs by whole panels, and rows too where those are
-// too few to go round; a block has at least `many` rows, or all.
+// too few to go round; a block has at least `many` rows, or all, and whole panels of `step` outputs.
 template <class Pool, class Body>
 void over_blocks(Pool& pool, int64_t rows, int64_t many, int64_t outputs, int64_t work,
-                 const Body& body) {
+                 const Body& body, int64_t step = kPanel) {
   if (rows <= 0 || outputs <= 0) return;
   const int64_t parts = work < kWorthwhile ? 1 : 4 * pool.num_threads();
-  const int64_t panels = (outputs + kPanel - 1) / kPanel;
-  const int64_t wide = (panels < parts ? 1 : panels / parts) * kPanel;
+  const int64_t panels = (outputs + step - 1) / step;
+  const int64_t wide = (panels < parts ? 1 : panels / parts) * step;
   const int64_t down = least((parts + panels - 1) / panels, rows / many + 1);
   const int64_t high = (rows + down - 1) / down;
   const int64_t columns = (outputs + wide - 1) / wide, chunks = columns * ((rows + high - 1) / high);

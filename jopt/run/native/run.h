@@ -92,8 +92,17 @@ inline Floats unpadded(const float* x, int64_t rows, int64_t inputs) {
   return {x, nullptr, rows, inputs, inputs};
 }
 
+constexpr int64_t kFloatStep = kFloatPanels * kPanel;  // outputs whose sums are added up together
 constexpr int64_t kManyFloatRows = 16;  // from which on panels of floats pay
 constexpr int64_t kRowsOfBlock = 64;   // for which packing panels anew takes little time
+
+// Rows by panels of floats that `pack(first)` makes.
+template <class Pool, class Pack>
+void run_packed(Pool& pool, const Floats& x, const Pack& pack, int64_t outputs, float* y) {
+  const int64_t work = kOfFloats * x.rows * x.inputs * outputs;
+  auto body = [&](Range m, Range n) { by_floats(x, pack, outputs, m, n, y); };
+  over_blocks(pool, x.rows, kRowsOfBlock, outputs, work, body, kFloatStep);
+}
 
 template <class Pool>
 void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
@@ -107,16 +116,13 @@ void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs, const fl
 template <class Pool>
 void run_int8_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int8Weights& w,
                     float* y) {
-  const int64_t work = kOfFloats * rows * inputs * w.outputs;
   Floats in = unpadded(x, rows, inputs);
-  if (rows >= kManyFloatRows)
-    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, work, [&](Range m, Range n) {
-      by_floats(in, [&](int64_t first) { return int8_unpack(w, inputs, first); }, w.outputs, m, n, y);
-    });
+  auto unpack = [&](int64_t first) { return int8_unpack(w, inputs, first); };
+  if (rows >= kManyFloatRows) return run_packed(pool, in, unpack, w.outputs, y);
   const auto total = scratch<double>(w.zero ? rows : 0);
   for (int64_t m = 0; w.zero && m < rows; ++m) total[m] = total_of(x + m * inputs, inputs);
   in.total = total.get();
-  over_blocks(pool, rows, rows, w.outputs, work,
+  over_blocks(pool, rows, rows, w.outputs, kOfFloats * rows * inputs * w.outputs,
               [&](Range m, Range n) { int8_float(in, w, m, n, y); });
 }
 
@@ -131,11 +137,8 @@ void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs, const In
 template <class Pool>
 void run_int4_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int4Weights& w,
                     float* y) {
-  const Floats in = unpadded(x, rows, inputs);
-  const int64_t work = kOfFloats * rows * inputs * w.outputs;
-  over_blocks(pool, rows, kRowsOfBlock, w.outputs, work, [&](Range m, Range n) {
-    by_floats(in, [&](int64_t first) { return int4_unpack(w, inputs, first); }, w.outputs, m, n, y);
-  });
+  auto unpack = [&](int64_t first) { return int4_unpack(w, inputs, first); };
+  run_packed(pool, unpadded(x, rows, inputs), unpack, w.outputs, y);
 }
 
 template <class Pool>
@@ -152,26 +155,19 @@ void run_codebook(Pool& pool, const float* x, int64_t rows, int64_t inputs, cons
 template <class Pool>
 void run_codebook_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Codebook& w,
                         float* y) {
-  const int64_t work = kOfFloats * rows * inputs * w.outputs;
-  if (rows >= 2 * kManyFloatRows) {  // entries take longer to look up than codes to widen
-    const Floats in = unpadded(x, rows, inputs);
-    return over_blocks(pool, rows, kRowsOfBlock, w.outputs, work, [&](Range m, Range n) {
-      auto pack = [&](int64_t first) { return codebook_unpack(w, inputs, first); };
-      by_floats(in, pack, w.outputs, m, n, y);
-    });
-  }
+  auto unpack = [&](int64_t first) { return codebook_unpack(w, inputs, first); };
+  if (rows >= 2 * kManyFloatRows)  // entries take longer to look up than codes to widen
+    return run_packed(pool, unpadded(x, rows, inputs), unpack, w.outputs, y);
   const Padded in = padded(x, rows, inputs);
+  const int64_t work = kOfFloats * rows * inputs * w.outputs;
   over_ranges(pool, w.outputs, kGrain, work, [&](Range range) { codebook(in.view, w, range, y); });
 }
 
 template <class Pool>
 void run_floats(Pool& pool, const float* x, int64_t rows, int64_t inputs, const FloatWeights& w,
                 float* y) {
-  const Floats in = unpadded(x, rows, inputs);
-  const int64_t work = kOfFloats * rows * inputs * w.outputs;
-  over_blocks(pool, rows, kRowsOfBlock, w.outputs, work, [&](Range m, Range n) {
-    by_floats(in, [&](int64_t first) { return float_pack(w, inputs, first); }, w.outputs, m, n, y);
-  });
+  auto pack = [&](int64_t first) { return float_pack(w, inputs, first); };
+  run_packed(pool, unpadded(x, rows, inputs), pack, w.outputs, y);
 }
 
 // The signs of rows of floats as bits, 1 where x >= 0; `width` bytes a row.
@@ -257,9 +253,8 @@ void run_windows(Pool& pool, const float* x, const Pack& pack, int64_t outputs, 
   const Padded in = with_edges(pool, x, s);
   const int64_t work = kOfFloats * rows * s.out_columns * s.rows * s.columns * s.channels * outputs;
   const int64_t many = kRowsOfBlock / s.out_columns + 1;
-  over_blocks(pool, rows, many, outputs, work, [&](Range m, Range n) {
-    convolution(in.view.data, pack, outputs, s, m, n, y);
-  });
+  auto body = [&](Range m, Range n) { convolution(in.view.data, pack, outputs, s, m, n, y); };
+  over_blocks(pool, rows, many, outputs, work, body, kFloatStep);
 }
 
 template <class Pool>

@@ -82,8 +82,6 @@ JOPT_INLINE int32_t i_sum(I v) {
 JOPT_INLINE I i_byte(B words, int place) {
   return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * place), 24);
 }
-JOPT_INLINE F v_add(F a, F b) { return f_add(a, b); }
-JOPT_INLINE I v_add(I a, I b) { return i_add(a, b); }
 
 // The products of codes in [-128, 127] and activations in [-127, 127]. The magnitude of the code
 // is the unsigned operand, where 128 has a place, so -128 needs no care; 2 * 128 * 127 fits int16.
@@ -101,13 +99,15 @@ JOPT_INLINE I dot8(I sum, B codes, B x) {
 // whoever sums takes away kShift times the sum of the activations.
 #ifdef JOPT_VNNI
 constexpr int32_t kShift = 128;
-constexpr int kInt8Rows = 8, kInt4Rows = 4;  // whose sums fit in registers, two vectors each
+constexpr int kInt8Rows = 8, kInt4Rows = 8;  // whose sums fit in registers
+constexpr int kFloatRows = 6, kFloatPanels = 2;
 constexpr int64_t kManyRows = 8;  // from which on packing codebooks into panels pays
 JOPT_INLINE B b_shifted(B codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
 JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return _mm256_dpbusd_epi32(sum, codes, x); }
 #else
 constexpr int32_t kShift = 0;
 constexpr int kInt8Rows = 4, kInt4Rows = 2;
+constexpr int kFloatRows = 6, kFloatPanels = 1;
 constexpr int64_t kManyRows = 16;
 JOPT_INLINE B b_shifted(B codes) { return codes; }
 JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }

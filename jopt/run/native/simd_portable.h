@@ -122,8 +122,6 @@ JOPT_INLINE I i_byte(const B& words, int place) {
   for (int i = 0; i < 8; ++i) out.v[i] = (int8_t)words.v[4 * i + place];
   return out;
 }
-JOPT_INLINE F v_add(F a, F b) { return f_add(a, b); }
-JOPT_INLINE I v_add(I a, I b) { return i_add(a, b); }
 
 JOPT_INLINE I dot8(I sum, B codes, B x) {
   int16_t products[32];
@@ -133,6 +131,7 @@ JOPT_INLINE I dot8(I sum, B codes, B x) {
 }
 constexpr int32_t kShift = 0;
 constexpr int kInt8Rows = 4, kInt4Rows = 2;
+constexpr int kFloatRows = 6, kFloatPanels = 1;
 constexpr int64_t kManyRows = 16;
 JOPT_INLINE B b_shifted(B codes) { return codes; }
 JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
