@@ -236,19 +236,21 @@ static void check_sparse(Pool& pool, const Rows& x, int64_t outputs) {
   std::vector<uint16_t> narrow;
   std::vector<uint32_t> wide;
   std::vector<int32_t> starts{0};
-  for (int64_t n = 0; n < outputs; ++n) {
-    for (int64_t i = 0; i < x.inputs; ++i)
-      if (pick(0, 4) == 0) {
-        values.push_back(dense[n * x.inputs + i] = normal());
-        narrow.push_back((uint16_t)i);
-        wide.push_back((uint32_t)i);
-      }
-    starts.push_back((int32_t)values.size());
-  }
+  const int64_t blocks = pick(1, 3), size = x.inputs / blocks + 1;
+  for (int64_t n = 0; n < outputs; ++n)
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t i = block * size; i < least((block + 1) * size, x.inputs); ++i)
+        if (pick(0, 4) == 0) {
+          values.push_back(dense[n * x.inputs + i] = normal());
+          narrow.push_back((uint16_t)i);
+          wide.push_back((uint32_t)i);
+        }
+      starts.push_back((int32_t)values.size());
+    }
   const bool is_wide = pick(0, 1);
   const void* columns = is_wide ? (const void*)wide.data() : (const void*)narrow.data();
   const SparseWeights w{values.data(), columns, is_wide,
-                        starts.data(), outputs, (int64_t)values.size()};
+                        starts.data(), outputs, blocks, (int64_t)values.size()};
   std::vector<float> y(x.rows * outputs);
   if (!run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data())) ++wrong;
   expect("sparse x float", x, outputs, false, y,
@@ -258,7 +260,7 @@ static void check_sparse(Pool& pool, const Rows& x, int64_t outputs) {
   narrow[at] = (uint16_t)x.inputs;
   wide[at] = (uint32_t)(x.inputs + pick(0, 1000000));
   if (run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data())) ++wrong;
-  starts[pick(0, outputs)] = (int32_t)(pick(-5, 100000) * 1000 + 1);  // so is any start
+  starts[pick(0, outputs * blocks)] = (int32_t)(pick(-5, 100000) * 1000 + 1);  // so is any start
   run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data());
 }
 

@@ -205,10 +205,10 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
         ),
         lambda: _native.depthwise(x.reshape(1, 2, 7, 10), jnp.ones((2, 2, 9)), (1, 1), EDGES),
         lambda: _native.sparse_product(
-            x, jnp.ones(2), jnp.array([0, 70], jnp.uint16), jnp.array([0, 1, 2], jnp.int32)
+            x, jnp.ones(2), jnp.array([0, 70], jnp.uint16), jnp.array([0, 1, 2], jnp.int32), 2
         ),
         lambda: _native.sparse_product(
-            x, jnp.ones(2), jnp.array([0, 1], jnp.uint16), jnp.array([0, 9, 2], jnp.int32)
+            x, jnp.ones(2), jnp.array([0, 1], jnp.uint16), jnp.array([0, 9, 2], jnp.int32), 2
         ),
     ]
     for call in calls:
@@ -219,16 +219,18 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
 @needs_compiler
 def test_pruned_kernels_run_by_kernels(native):
     draw = np.random.default_rng(0)
-    kernel = np.where(draw.random((300, 41)) < 0.1, draw.normal(size=(300, 41)), 0)
-    kernel[:, 7] = 0
+    kernel = np.where(draw.random((1300, 41)) < 0.1, draw.normal(size=(1300, 41)), 0)
+    kernel[:, 7] = kernel[500:1100, 9] = 0
     params = {"first": jnp.asarray(kernel, jnp.float32)}
     linear = lambda params, x: x @ params["first"]  # noqa: E731
     for rows in (1, 3, 17, 40):
-        x = jnp.asarray(draw.normal(size=(rows, 300)), jnp.float32)
+        x = jnp.asarray(draw.normal(size=(rows, 1300)), jnp.float32)
         prepared = run.prepare(linear, params, x)
         assert isinstance(prepared["first"], run.SparseMatrix)
+        assert len(prepared["first"].starts) == 41 * 3 + 1
+        np.testing.assert_array_equal(prepared["first"].restore(), params["first"])
         outputs = run.compressed(linear)(prepared, x)
-        np.testing.assert_allclose(outputs, np.asarray(x, np.float64) @ kernel, atol=1e-4)
+        np.testing.assert_allclose(outputs, np.asarray(x, np.float64) @ kernel, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["native", "xla"])

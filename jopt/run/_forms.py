@@ -187,7 +187,8 @@ def _native_signs(matrix: SignMatrix, rows: jax.Array) -> jax.Array:
 
 
 def _native_sparse(matrix: SparseMatrix, rows: jax.Array) -> jax.Array:
-    return _native.sparse_product(rows, matrix.values, matrix.columns, matrix.starts)
+    arrays = matrix.values, matrix.columns, matrix.starts
+    return _native.sparse_product(rows, *arrays, matrix.outputs)
 
 
 # --- What there is for a matrix -------------------------------------------------------------------

@@ -288,7 +288,7 @@ class SparseMatrix(Matrix):
     Attributes:
       values: float32, `(entries,)`: those of output 0, then of output 1, and so on.
       columns: uint16 or uint32, `(entries,)`: which input each is multiplied by.
-      starts: int32, `(outputs + 1,)`: where the entries of each output begin and end.
+      starts: int32, `(outputs * blocks + 1,)`: where those of each output's blocks of inputs begin.
       trailing: as in `Matrix`.
       contracted: as in `Matrix`.
       dtype: static; that of the restored array.
@@ -320,7 +320,8 @@ class SparseMatrix(Matrix):
 
     def rows(self) -> jax.Array:
         """Return the matrix as floats, `(outputs, inputs)`."""
-        counts = jnp.diff(self.starts)
+        blocks = max(1, (len(self.starts) - 1) // max(self.outputs, 1))
+        counts = jnp.diff(self.starts[::blocks])
         output = jnp.repeat(
             jnp.arange(self.outputs), counts, total_repeat_length=self.values.shape[0]
         )

@@ -106,10 +106,10 @@ def binary_product(x: jax.Array, bits: jax.Array, scale: jax.Array) -> jax.Array
 
 
 def sparse_product(
-    x: jax.Array, values: jax.Array, columns: jax.Array, starts: jax.Array
+    x: jax.Array, values: jax.Array, columns: jax.Array, starts: jax.Array, outputs: int
 ) -> jax.Array:
-    """Multiply by sparse weights in compressed rows by output."""
-    return _call("sparse", (x.shape[0], starts.shape[0] - 1), x, values, columns, starts)
+    """Multiply by sparse weights in compressed rows by output, and there by blocks of inputs."""
+    return _call("sparse", (x.shape[0], outputs), x, values, columns, starts)
 
 
 def floats_product(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -36,6 +36,7 @@ from jopt.run._packing import BLOCK, pack4, pack_bits
 from jopt.run._uses import Apply, dense_avals, trace_uses
 
 SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
+SPARSE_BLOCK = 512  # inputs of some rows, which stay in the first level of the cache
 _ENTRIES = 16  # of a table that 4 bits index
 
 
@@ -272,8 +273,10 @@ def sparse_matrix(kernel: ArrayLike, axes: Axes) -> SparseMatrix:
     inputs = math.prod(array.shape[axis] for axis in axes.contracted)
     matrix = array.transpose(order).reshape(-1, inputs)
     outputs, columns = np.nonzero(matrix)
-    counts = np.bincount(outputs, minlength=matrix.shape[0])
-    starts = np.concatenate([[0], np.cumsum(counts)])
+    blocks = max(1, -(-inputs // SPARSE_BLOCK))
+    block = outputs * blocks + columns // SPARSE_BLOCK
+    counts = np.bincount(block, minlength=matrix.shape[0] * blocks)
+    starts = np.append(0, np.cumsum(counts))
     narrow = np.uint16 if inputs <= 1 << 16 else np.uint32
     return SparseMatrix(
         jnp.asarray(matrix[outputs, columns], jnp.float32),
@@ -384,9 +387,7 @@ def _prepared(
         step = None if ends is None else _step_of(ends, tuple(leaf.shape[: axes.stacked]))
         matrix = matrix_of(leaf, axes, step)
         by_output = isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1
-        if windows and not by_output:
-            return leaf
-        if isinstance(matrix, str):
+        if isinstance(matrix, str) or (windows and not by_output):
             return leaf
         return matrix.in_panels() if layers and native_here() is None else matrix
     if sparse is None or not layers or not is_kernel("", leaf) or gathered:

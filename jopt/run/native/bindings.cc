@@ -282,14 +282,16 @@ ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
                 columns = operand("columns", columns_, 1), starts = operand("starts", starts_, 1),
                 y = operand("y", *y_, 2);
   JOPT_RETURN_IF_WRONG(checked({x, values, columns, starts}, y));
-  if (starts[0] < 1) return wrong("starts", "be (outputs + 1)");
-  JOPT_RETURN_IF_WRONG(product(x, x[1], starts[0] - 1, y));
+  const int64_t outputs = y[1], blocks = outputs ? (starts[0] - 1) / outputs : 1;
+  if (blocks < 1 || starts[0] != outputs * blocks + 1)
+    return wrong("starts", "be (outputs * blocks + 1)");
+  JOPT_RETURN_IF_WRONG(product(x, x[1], outputs, y));
   if (columns[0] != values[0]) return wrong("columns", "be as many as the values");
   Pool pool{threads};
   bool right = true;
   over_batch(x, {values, columns, starts}, y, [&](const Index& index, int64_t rows) {
     const SparseWeights w{at<float>(values, index),   columns.at(index), wide,
-                          at<int32_t>(starts, index), starts[0] - 1,     values[0]};
+                          at<int32_t>(starts, index), outputs,           blocks, values[0]};
     right = run_sparse(pool, at<float>(x, index), rows, x[1], w,
                        at<float>(y, index)) &&
             right;

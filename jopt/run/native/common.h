@@ -106,8 +106,8 @@ struct SparseWeights {
   const float* values;   // (entries)
   const void* columns;   // (entries), uint16 or uint32
   bool wide;             // whether columns are uint32
-  const int32_t* starts;  // (outputs + 1)
-  int64_t outputs, entries;
+  const int32_t* starts;  // (outputs * blocks + 1): of the blocks of inputs of each output
+  int64_t outputs, blocks, entries;
 };
 
 struct Window {

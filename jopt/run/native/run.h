@@ -70,20 +70,21 @@ inline Padded padded(const float* x, int64_t rows, int64_t inputs) {
   return out;
 }
 
-// x transposed to (inputs, stride), so that the rows of one input lie side by side.
+// Rows in blocks of `stride`, each transposed to (inputs, stride), so that the rows of one input lie
+// side by side.
 inline Padded transposed(const float* x, int64_t rows, int64_t inputs) {
   Padded out;
-  if (rows == 1) {
-    out.view = {x, nullptr, 1, inputs, 1};
-    return out;
-  }
-  const int64_t stride = rows <= 16 ? round_up(rows, 8) : round_up(rows, 32);
-  out.data = scratch<float>(inputs * stride);
-  for (int64_t from = 0; from < inputs; from += 16)
-    for (int64_t m = 0; m < stride; ++m)
-      for (int64_t i = from; i < least(from + 16, inputs); ++i)
-        out.data[i * stride + m] = m < rows ? x[m * inputs + i] : 0.0f;
-  out.view = {out.data.get(), nullptr, rows, inputs, stride};
+  const int64_t stride = rows == 1 ? 1 : rows <= kFloats ? kFloats : kLanes;
+  out.view = {x, nullptr, rows, inputs, stride};
+  if (rows == 1) return out;
+  out.data = scratch<float>(round_up(rows, stride) * inputs);
+  for (int64_t m = 0; m < rows; m += stride)
+    for (int64_t from = 0; from < inputs; from += 16)
+      for (int64_t lane = 0; lane < stride; ++lane)
+        for (int64_t i = from; i < least(from + 16, inputs); ++i)
+          out.data[m * inputs + i * stride + lane] =
+              m + lane < rows ? x[(m + lane) * inputs + i] : 0.0f;
+  out.view.data = out.data.get();
   return out;
 }
 
@@ -208,9 +209,10 @@ void run_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
 template <class Pool>
 bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs,
                 const SparseWeights& w, float* y) {
-  if (w.starts[0] < 0 || w.starts[w.outputs] > w.entries) return false;
-  for (int64_t n = 0; n < w.outputs; ++n)
-    if (w.starts[n] > w.starts[n + 1]) return false;
+  const int64_t segments = w.outputs * w.blocks;
+  bool falling = w.starts[0] < 0 || w.starts[segments] > w.entries;
+  for (int64_t n = 0; n < segments; ++n) falling |= w.starts[n] > w.starts[n + 1];
+  if (falling) return false;
   const Padded in = transposed(x, rows, inputs);
   std::atomic<bool> right{true};
   over_ranges(pool, w.outputs, kGrain, kOfFloats * rows * w.entries, [&](Range range) {
