@@ -314,9 +314,9 @@ def prepare(
 
     Which axes of a kernel are inputs is read from the model itself, so that dense layers of any
     layout, attention's projections, convolutions, tables of embeddings and stacked layers of scans
-    all become matrices `(outputs, inputs)`; of convolutions with a window those of int8, where
-    native kernels run. A leaf that no product reads as a matrix stays as it is; `explain` says
-    which, and why. `materialize` takes what comes out as well as what went in.
+    all become matrices `(outputs, inputs)`, in panels of 16 outputs where native kernels run; of
+    convolutions with a window those of int8, where such kernels run. A leaf that no product reads
+    stays as it is; `explain` says why. `materialize` takes what comes out, too.
 
     Args:
       apply: `(params, *args) -> outputs`, any pure function.

@@ -56,10 +56,10 @@ struct Floats {
 };
 
 // Weights in panels of 16 outputs: words of four inputs (int8) or of eight (4 bits) lie side by side,
-// so that sums lie in lanes and none is added up across a vector. What fills up the last panel, and
-// the last word, is nothing: codes of 0, or scales of 0.
+// so that sums lie in lanes and none is added up across a vector. What fills the last panel up counts
+// for nothing: its scales are 0; so do the inputs that fill up the last words, which are 0.
 struct Int8Weights {
-  const int8_t* codes;  // (panels, words, 16, 4); an even number of words that holds all inputs
+  const int8_t* codes;  // (panels, words, 16, 4); inputs are filled up to a multiple of 32
   const float* scale;   // (outputs)
   const float* zero;    // (outputs), or null for 0
   int64_t words, outputs;
@@ -71,8 +71,8 @@ struct Int8Weights {
 // 32 + i above.
 struct Int4Weights {
   const uint8_t* packed;  // (panels, words, 16, 4); eight words a block
-  const float* scale;     // (panels, groups, 16)
-  const float* zero;      // (panels, groups, 16), or null for 0
+  const float* scale;     // (panels, groups, 16, 1)
+  const float* zero;      // of scale's shape, or null for 0
   int64_t words, groups, group;  // `group` codes share a scale: 32, or a multiple of 64
   int64_t outputs;
 

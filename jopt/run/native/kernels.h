@@ -5,7 +5,7 @@
 
 #if defined(__AVX2__) && defined(__FMA__) && !defined(JOPT_PORTABLE)
 #include <immintrin.h>
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #define JOPT_VNNI
 #endif
 #include "simd_avx2.h"
