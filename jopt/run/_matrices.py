@@ -173,6 +173,7 @@ class Int4Matrix(Matrix):
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from jopt.run._packing import pack4
       >>> packed, scale = pack4(jnp.array([[9, 10, 11]])), jnp.array([[0.5]])
       >>> leaf = Int4Matrix(packed, scale, trailing=(3, 1), contracted=(-2,))
       >>> leaf.restore().ravel()
@@ -320,8 +321,7 @@ class SparseMatrix(Matrix):
 
     def rows(self) -> jax.Array:
         """Return the matrix as floats, `(outputs, inputs)`."""
-        blocks = max(1, (len(self.starts) - 1) // max(self.outputs, 1))
-        counts = jnp.diff(self.starts[::blocks])
+        counts = jnp.diff(self.starts[:: max(1, (len(self.starts) - 1) // max(self.outputs, 1))])
         output = jnp.repeat(
             jnp.arange(self.outputs), counts, total_repeat_length=self.values.shape[0]
         )
