@@ -127,8 +127,9 @@ static FloatPanel float_pack(const FloatWeights& w, int64_t inputs, int64_t firs
 template <class Pack, class Body>
 JOPT_INLINE void over_panels(Range outputs, const Pack& pack, const Body& body) {
   int64_t n = outputs.begin;
-  for (; kFloatPanels == 2 && n + kPanel < outputs.end; n += 2 * kPanel)
-    body(std::array<FloatPanel, 2>{pack(n), pack(n + kPanel)});
+  if constexpr (kFloatPanels == 2)
+    for (; n + kPanel < outputs.end; n += 2 * kPanel)
+      body(std::array<FloatPanel, 2>{pack(n), pack(n + kPanel)});
   for (; n < outputs.end; n += kPanel) body(std::array<FloatPanel, 1>{pack(n)});
 }
 

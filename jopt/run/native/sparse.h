@@ -37,11 +37,9 @@ JOPT_INLINE float sparse_dot(const float* values, const Column* columns, int64_t
 JOPT_INLINE F lanes_zero(F) { return f_zero(); }
 JOPT_INLINE F lanes_add(F a, F b) { return f_add(a, b); }
 JOPT_INLINE F lanes_fma(float a, const float* b, F c) { return f_fma(f_set(a), f_load(b), c); }
-JOPT_INLINE void lanes_store(float* p, F v) { f_store(p, v); }
 JOPT_INLINE WF lanes_zero(WF) { return wf_set(0); }
 JOPT_INLINE WF lanes_add(WF a, WF b) { return w_add(a, b); }
 JOPT_INLINE WF lanes_fma(float a, const float* b, WF c) { return wf_fma(wf_set(a), wf_load(b), c); }
-JOPT_INLINE void lanes_store(float* p, WF v) { wf_store(p, v); }
 
 // Adds to the sums of a vector of rows, 8 or 16; x lies transposed, (inputs, rows). Chains hide the
 // latency.
