@@ -154,14 +154,14 @@ static void codebook8(const Codes8& x, const Codebook& w, Range range, float* y)
 // A panel of entries as int8, and what scales the sums of its groups, (groups, 16).
 struct EntryPanel {
   int64_t first, count;
-  std::unique_ptr<uint8_t[]> words;
-  std::unique_ptr<float[]> scales;
+  Scratch<uint8_t> words;
+  Scratch<float> scales;
 };
 
 static EntryPanel entries_pack(const Codebook& w, int64_t stride, int64_t first) {
-  EntryPanel panel{first, least(kPanel, w.outputs - first),
-                   std::unique_ptr<uint8_t[]>(new uint8_t[stride * kPanel + 1]),
-                   std::unique_ptr<float[]>(new float[w.groups * kPanel]())};
+  EntryPanel panel{first, least(kPanel, w.outputs - first), scratch<uint8_t>(stride * kPanel),
+                   scratch<float>(w.groups * kPanel)};
+  std::memset(panel.scales.get(), 0, w.groups * kPanel * sizeof(float));
   const Tables<kPanel> tables(w, first);
   auto entries = [&](int64_t n, int64_t k) __attribute__((always_inline)) {
     return b_shifted(b_lookup(tables.entries[n - first], codes_of(w, n, k)));

@@ -47,10 +47,10 @@ struct Ends {
 // A panel of floats, (inputs, 16).
 struct FloatPanel {
   int64_t first, count;
-  std::unique_ptr<float[]> weights;
+  Scratch<float> weights;
 
   FloatPanel(int64_t first, int64_t outputs, int64_t inputs)
-      : first(first), count(least(kPanel, outputs - first)), weights(new float[inputs * kPanel + 1]) {}
+      : first(first), count(least(kPanel, outputs - first)), weights(scratch<float>(inputs * kPanel)) {}
 };
 
 // Rows of floats: each is `runs` runs of memory, of one length. Those of a matrix are one run, the

@@ -9,15 +9,10 @@ namespace jopt {
 
 constexpr int64_t kGrain = 16;  // outputs of one chunk: a whole number of cache lines
 
-template <class T>
-std::unique_ptr<T[]> scratch(int64_t size) {
-  return std::unique_ptr<T[]>(new T[size > 0 ? size : 1]);
-}
-
 struct Rounded {
-  std::unique_ptr<int8_t[]> codes;
-  std::unique_ptr<double[]> scale;
-  std::unique_ptr<int32_t[]> total;
+  Scratch<int8_t> codes;
+  Scratch<double> scale;
+  Scratch<int32_t> total;
   Codes8 view;
 };
 
@@ -50,7 +45,7 @@ Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs, const 
 }
 
 struct Padded {
-  std::unique_ptr<float[]> data;
+  Scratch<float> data;
   Floats view;
 };
 
@@ -70,20 +65,23 @@ inline Padded padded(const float* x, int64_t rows, int64_t inputs) {
   return out;
 }
 
-// Rows in blocks of `stride`, each transposed to (inputs, stride), so that the rows of one input lie
-// side by side.
+// Blocks of rows that are added up together, each transposed, (inputs, rows), and filled up with zeros:
+// all but the last are full.
 inline Padded transposed(const float* x, int64_t rows, int64_t inputs) {
   Padded out;
-  const int64_t stride = rows == 1 ? 1 : rows <= kFloats ? kFloats : kLanes;
-  out.view = {x, nullptr, rows, inputs, stride};
+  out.view = {x, nullptr, rows, inputs, inputs};
   if (rows == 1) return out;
-  out.data = scratch<float>(round_up(rows, stride) * inputs);
-  for (int64_t m = 0; m < rows; m += stride)
-    for (int64_t from = 0; from < inputs; from += 16)
-      for (int64_t lane = 0; lane < stride; ++lane)
-        for (int64_t i = from; i < least(from + 16, inputs); ++i)
-          out.data[m * inputs + i * stride + lane] =
-              m + lane < rows ? x[(m + lane) * inputs + i] : 0.0f;
+  int64_t last = rows % 32;
+  if (last) last = rows_together(last);
+  out.data = scratch<float>((rows / 32 * 32 + last) * inputs);
+  for (int64_t m = 0, some; m < rows; m += some) {
+    some = rows_together(rows - m);
+    const int64_t real = least(some, rows - m);
+    float* to = &out.data[m * inputs];
+    transpose(x + m * inputs, real, inputs, inputs, to, some);
+    for (int64_t k = 0; k < inputs; ++k)
+      for (int64_t row = real; row < some; ++row) to[k * some + row] = 0;
+  }
   out.view.data = out.data.get();
   return out;
 }
@@ -173,8 +171,8 @@ void run_floats(Pool& pool, const float* x, int64_t rows, int64_t inputs, const 
 
 // The signs of rows of floats as bits, 1 where x >= 0; `width` bytes a row.
 template <class Pool>
-std::unique_ptr<uint8_t[]> packed_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
-                                        int64_t width) {
+Scratch<uint8_t> packed_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+                              int64_t width) {
   auto out = scratch<uint8_t>(rows * width);
   over_ranges(pool, rows, 1, kOfRounding * rows * inputs, [&](Range range) {
     for (int64_t m = range.begin; m < range.end; ++m)

@@ -16,7 +16,6 @@ static bool columns_fit(const Column* columns, int64_t count, int64_t inputs) {
   return count == 0 || (int64_t)most < inputs;
 }
 
-constexpr int64_t kLanes = 16;  // rows whose sums are added up together
 constexpr int64_t kAhead = 1024;  // entries by which prefetches run ahead, over the rows that follow
 
 template <class Column>
@@ -34,75 +33,124 @@ JOPT_INLINE float sparse_dot(const float* values, const Column* columns, int64_t
   return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
-JOPT_INLINE F lanes_zero(F) { return f_zero(); }
-JOPT_INLINE F lanes_add(F a, F b) { return f_add(a, b); }
-JOPT_INLINE F lanes_fma(float a, const float* b, F c) { return f_fma(f_set(a), f_load(b), c); }
-JOPT_INLINE WF lanes_zero(WF) { return wf_set(0); }
-JOPT_INLINE WF lanes_add(WF a, WF b) { return w_add(a, b); }
-JOPT_INLINE WF lanes_fma(float a, const float* b, WF c) { return wf_fma(wf_set(a), wf_load(b), c); }
+// to[column * to_stride + row] = from[row * from_stride + column]
+static void transpose(const float* from, int64_t rows, int64_t columns, int64_t from_stride,
+                      float* to, int64_t to_stride) {
+  int64_t row = 0;
+  for (; row + kFloats <= rows; row += kFloats) {
+    int64_t column = 0;
+    for (; column + kFloats <= columns; column += kFloats) {
+      B square[kFloats];
+      JOPT_UNROLL for (int i = 0; i < kFloats; ++i)
+        square[i] = b_load(from + (row + i) * from_stride + column);
+      b_transpose(square);
+      JOPT_UNROLL for (int i = 0; i < kFloats; ++i)
+        b_store(to + (column + i) * to_stride + row, square[i]);
+    }
+    for (; column < columns; ++column)
+      for (int64_t i = row; i < row + kFloats; ++i)
+        to[column * to_stride + i] = from[i * from_stride + column];
+  }
+  for (; row < rows; ++row)
+    for (int64_t column = 0; column < columns; ++column)
+      to[column * to_stride + row] = from[row * from_stride + column];
+}
 
-// Adds to the sums of a vector of rows, 8 or 16; x lies transposed, (inputs, rows). Chains hide the
-// latency.
-template <class Lanes, class Column>
-JOPT_INLINE Lanes sparse_tile(Lanes total, const float* values, const Column* columns, int64_t count,
-                              const float* x) {
-  constexpr int64_t kRows = sizeof(Lanes) / sizeof(float);
-  constexpr int kChains = 4;
-  Lanes sum[kChains];
-  JOPT_UNROLL for (int c = 0; c < kChains; ++c) sum[c] = c ? lanes_zero(Lanes()) : total;
+// How many rows are added up together of those that are left.
+JOPT_INLINE int64_t rows_together(int64_t left) {
+  return left > 16 ? 32 : left > 8 ? 16 : 8;
+}
+
+// Sums of rows that are added up together: 8, 16 or 32, whose inputs lie side by side.
+struct Rows8 {
+  static constexpr int kChains = 4;  // that hide the latency
+  F sum = f_zero();
+  JOPT_INLINE_MEMBER void add(const Rows8& other) { sum = f_add(sum, other.sum); }
+  JOPT_INLINE_MEMBER void add(float value, const float* x) { sum = f_fma(f_set(value), f_load(x), sum); }
+};
+template <int V>
+struct Rows16 {
+  static constexpr int kChains = 4 / V;
+  WF sum[V];
+  JOPT_INLINE_MEMBER Rows16() { JOPT_UNROLL for (int v = 0; v < V; ++v) sum[v] = wf_set(0); }
+  JOPT_INLINE_MEMBER void add(const Rows16& other) {
+    JOPT_UNROLL for (int v = 0; v < V; ++v) sum[v] = w_add(sum[v], other.sum[v]);
+  }
+  JOPT_INLINE_MEMBER void add(float value, const float* x) {
+    const WF spread = wf_set(value);
+    JOPT_UNROLL for (int v = 0; v < V; ++v)
+      sum[v] = wf_fma(spread, wf_load(x + v * kPanel), sum[v]);
+  }
+};
+
+// Adds the products of some entries; x lies transposed, (inputs, rows).
+template <class Sums, class Column>
+JOPT_INLINE void sparse_tile(const float* values, const Column* columns, int64_t count,
+                             const float* x, Sums& total) {
+  constexpr int64_t kRows = sizeof(Sums) / sizeof(float);
+  constexpr int kChains = Sums::kChains;
+  Sums sum[kChains];
   int64_t i = 0;
   for (; i + kChains <= count; i += kChains)
     JOPT_UNROLL for (int c = 0; c < kChains; ++c)
-      sum[c] = lanes_fma(values[i + c], x + (uint64_t)columns[i + c] * kRows, sum[c]);
-  for (; i < count; ++i) sum[0] = lanes_fma(values[i], x + (uint64_t)columns[i] * kRows, sum[0]);
-  return lanes_add(lanes_add(sum[0], sum[1]), lanes_add(sum[2], sum[3]));
+      sum[c].add(values[i + c], x + (uint64_t)columns[i + c] * kRows);
+  for (; i < count; ++i) sum[0].add(values[i], x + (uint64_t)columns[i] * kRows);
+  JOPT_UNROLL for (int c = 0; c < kChains; ++c) total.add(sum[c]);
 }
 
-// A vector of rows by some outputs: one block of inputs after the other, which so stays in the first
-// level of the cache.
-template <class Lanes, class Column>
-JOPT_INLINE void sparse_rows(const float* x, const SparseWeights& w, Range range, int64_t left,
+// Some rows by some outputs: one block of inputs after the other, which so stays near.
+template <class Sums, class Column>
+JOPT_INLINE void sparse_rows(const float* x, const SparseWeights& w, Range range, int64_t rows,
                              float* y) {
-  constexpr int64_t kRows = sizeof(Lanes) / sizeof(float), kOutputs = 128;
-  Lanes held[kOutputs];
+  constexpr int64_t kRows = sizeof(Sums) / sizeof(float), kOutputs = 128;
   for (int64_t from = range.begin; from < range.end; from += kOutputs) {
     const int64_t size = least(kOutputs, range.end - from);
-    for (int64_t i = 0; i < size; ++i) held[i] = lanes_zero(Lanes());
+    Sums held[kOutputs];
     for (int64_t block = 0; block < w.blocks; ++block)
       for (int64_t i = 0; i < size; ++i) {
         const int32_t* starts = w.starts + (from + i) * w.blocks + block;
-        held[i] = sparse_tile<Lanes>(held[i], w.values + starts[0], (const Column*)w.columns + starts[0],
-                                     starts[1] - starts[0], x);
+        sparse_tile(w.values + starts[0], (const Column*)w.columns + starts[0], starts[1] - starts[0],
+                    x, held[i]);
       }
-    const float* sums = (const float*)held;
-    for (int64_t row = 0; row < left; ++row)
-      for (int64_t i = 0; i < size; ++i) y[row * w.outputs + from + i] = sums[i * kRows + row];
+    transpose((const float*)held, size, rows, kRows, y + from, w.outputs);
   }
 }
 
+// Whether the columns of some outputs are below the number of inputs.
 template <class Column>
-static bool sparse_outputs(const Floats& x, const SparseWeights& w, Range range, float* y) {
-  const Column* columns = (const Column*)w.columns;
+JOPT_INLINE bool outputs_fit(const SparseWeights& w, Range range, int64_t inputs) {
   const int64_t first = w.starts[range.begin * w.blocks], last = w.starts[range.end * w.blocks];
-  if (!columns_fit(columns + first, last - first, x.inputs)) return false;
-  if (x.stride == 1) {
-    for (int64_t n = range.begin; n < range.end; ++n) {
-      const int64_t start = w.starts[n * w.blocks], end = w.starts[(n + 1) * w.blocks];
-      y[n] = sparse_dot(w.values + start, columns + start, end - start, x.data);
-    }
-    return true;
-  }
-  for (int64_t m = 0; m < x.rows; m += x.stride) {
-    const float* in = x.data + m * x.inputs;
-    const int64_t left = least(x.stride, x.rows - m);
-    float* out = y + m * w.outputs;
-    if (x.stride == kFloats) sparse_rows<F, Column>(in, w, range, left, out);
-    else sparse_rows<WF, Column>(in, w, range, left, out);
+  return columns_fit((const Column*)w.columns + first, last - first, inputs);
+}
+
+// Columns of one output are read from memory once: looked at, then used.
+template <class Column>
+static bool sparse_row(const Floats& x, const SparseWeights& w, Range range, float* y) {
+  for (int64_t n = range.begin; n < range.end; ++n) {
+    if (!outputs_fit<Column>(w, {n, n + 1}, x.inputs)) return false;
+    const int64_t start = w.starts[n * w.blocks], end = w.starts[(n + 1) * w.blocks];
+    y[n] = sparse_dot(w.values + start, (const Column*)w.columns + start, end - start, x.data);
   }
   return true;
 }
 
-// Returns false, and reads nothing of x, where a column is not below the number of inputs.
+template <class Column>
+static bool sparse_outputs(const Floats& x, const SparseWeights& w, Range range, float* y) {
+  if (x.rows == 1) return sparse_row<Column>(x, w, range, y);
+  if (!outputs_fit<Column>(w, range, x.inputs)) return false;
+  for (int64_t m = 0, some; m < x.rows; m += some) {
+    some = rows_together(x.rows - m);
+    const float* in = x.data + m * x.inputs;
+    const int64_t left = least(some, x.rows - m);
+    float* out = y + m * w.outputs;
+    if (some == 32) sparse_rows<Rows16<2>, Column>(in, w, range, left, out);
+    else if (some == 16) sparse_rows<Rows16<1>, Column>(in, w, range, left, out);
+    else sparse_rows<Rows8, Column>(in, w, range, left, out);
+  }
+  return true;
+}
+
+// Returns false, and reads nothing beyond x, where a column is not below the number of inputs.
 static bool sparse(const Floats& x, const SparseWeights& w, Range range, float* y) {
   return w.wide ? sparse_outputs<uint32_t>(x, w, range, y)
                 : sparse_outputs<uint16_t>(x, w, range, y);
