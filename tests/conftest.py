@@ -33,11 +33,14 @@ import pytest
 from flax import nnx
 from hypothesis import settings
 
+from jopt import run
 from jopt.codec import _native
+from jopt.run import _build
 
 COMPILER = next(
     (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
 )
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
 gc.freeze()
 gc.set_threshold(50_000, 20, 100)  # traces make many objects and few cycles
@@ -78,6 +81,21 @@ def compiled_programs_are_forgotten():
     """Let go of what a file's tests compiled: thousands of programs exhaust a process's maps."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """Run native kernels, compiled into a folder of the tests' own; by default XLA does all."""
+    before = os.environ.pop("JOPT_NATIVE"), os.environ.get("JOPT_CACHE")
+    os.environ["JOPT_CACHE"] = str(tmp_path_factory.getbasetemp() / "native")
+    _build._loaded.cache_clear()
+    assert run.native_problem() is None
+    yield
+    os.environ["JOPT_NATIVE"] = before[0]
+    del os.environ["JOPT_CACHE"]
+    if before[1] is not None:
+        os.environ["JOPT_CACHE"] = before[1]
+    _build._loaded.cache_clear()
 
 
 @pytest.fixture(scope="module")

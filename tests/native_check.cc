@@ -90,14 +90,38 @@ struct Rows {
   double rounded(int64_t m, int64_t i) const { return step[m] * codes[m * inputs + i]; }
 };
 
+// What becomes of outputs, each part of it there or not.
+struct Ending {
+  std::vector<float> less, times, plus;
+  After after;
+
+  Ending() = default;
+  explicit Ending(int64_t outputs) : less(normals(outputs)), times(normals(outputs)), plus(normals(outputs)) {
+    if (pick(0, 3) == 0) return;
+    if (pick(0, 1)) after.less = less.data();
+    if (pick(0, 1)) after.times = times.data();
+    if (pick(0, 1)) after.plus = plus.data();
+    if (pick(0, 1)) after.low = normal() - 1;
+    if (pick(0, 1)) after.high = std::fmax(after.low, normal() + 1);
+  }
+  Sum operator()(Sum sum, int64_t n) const {
+    if (after.less) sum.add(-(double)less[n]);
+    if (after.times) sum = {sum.value * times[n], sum.size * std::fabs(times[n])};
+    if (after.plus) sum.add(plus[n]);
+    return {std::fmin(after.high, std::fmax(after.low, sum.value)), sum.size};
+  }
+};
+
 template <class Weight>
 static void expect(const char* what, const Rows& x, int64_t outputs, bool rounded,
-                   const std::vector<float>& y, const Weight& weight) {
+                   const std::vector<float>& y, const Weight& weight,
+                   const Ending& ending = Ending()) {
   for (int64_t m = 0; m < x.rows; ++m)
     for (int64_t n = 0; n < outputs; ++n) {
       Sum sum;
       for (int64_t i = 0; i < x.inputs; ++i)
         sum.add((rounded ? x.rounded(m, i) : x.data[m * x.inputs + i]) * weight(n, i));
+      sum = ending(sum, n);
       compare(what, y[m * outputs + n], sum.value, sum.size);
     }
 }
@@ -138,10 +162,11 @@ static void check_int8(Pool& pool, const Rows& x, int64_t outputs) {
       return (double)scale[n] * (codes[n * x.inputs + i] - (shifted ? zero[n] : 0.0f));
     };
     std::vector<float> y(x.rows * outputs);
-    run_int8(pool, x.data.data(), x.rows, x.inputs, nullptr, w, y.data());
-    expect("int8 x int8", x, outputs, true, y, weight);
-    run_int8_float(pool, x.data.data(), x.rows, x.inputs, w, y.data());
-    expect("int8 x float", x, outputs, false, y, weight);
+    const Ending ending(outputs);
+    run_int8(pool, x.data.data(), x.rows, x.inputs, nullptr, w, ending.after, y.data());
+    expect("int8 x int8", x, outputs, true, y, weight, ending);
+    run_int8_float(pool, x.data.data(), x.rows, x.inputs, w, ending.after, y.data());
+    expect("int8 x float", x, outputs, false, y, weight, ending);
   }
 }
 
@@ -171,10 +196,11 @@ static void check_int4(Pool& pool, const Rows& x, int64_t outputs) {
     const int64_t at = n * groups + i / group;
     return (double)scale[at] * (codes[n * inputs + i] - 8 - (shifted ? zero[at] : 0.0f));
   };
-  run_int4(pool, x.data.data(), x.rows, inputs, even, y.data());
-  expect("int4 x int8", x, outputs, true, y, level);
-  run_int4_float(pool, x.data.data(), x.rows, inputs, even, y.data());
-  expect("int4 x float", x, outputs, false, y, level);
+  const Ending ending(outputs);
+  run_int4(pool, x.data.data(), x.rows, inputs, even, ending.after, y.data());
+  expect("int4 x int8", x, outputs, true, y, level, ending);
+  run_int4_float(pool, x.data.data(), x.rows, inputs, even, ending.after, y.data());
+  expect("int4 x float", x, outputs, false, y, level, ending);
   if (!outputs) return;
   const int64_t tables = pick(0, 1) ? 1 : outputs;
   const std::vector<float> table = normals(tables * 16);
@@ -268,9 +294,10 @@ template <class Pool>
 static void check_floats(Pool& pool, const Rows& x, int64_t outputs) {
   const std::vector<float> kernel = normals(x.inputs * outputs);
   std::vector<float> y(x.rows * outputs);
-  run_floats(pool, x.data.data(), x.rows, x.inputs, {kernel.data(), outputs}, y.data());
+  const Ending ending(outputs);
+  run_floats(pool, x.data.data(), x.rows, x.inputs, {kernel.data(), outputs}, ending.after, y.data());
   expect("floats", x, outputs, false, y,
-         [&](int64_t n, int64_t i) { return (double)kernel[i * outputs + n]; });
+         [&](int64_t n, int64_t i) { return (double)kernel[i * outputs + n]; }, ending);
 }
 
 // Windows that hang over edges, or lie inside.
@@ -290,10 +317,11 @@ static void check_windows(Pool& pool, int kind) {
   const int64_t inputs = s.rows * s.columns * s.channels;
   std::vector<float> kernel = normals(inputs * (depthwise ? 1 : last));
   std::vector<float> y(s.batch * s.out_rows * s.out_columns * last);
+  const Ending ending(last);
   if (depthwise)
-    run_depthwise(pool, x.data(), kernel.data(), s, y.data());
+    run_depthwise(pool, x.data(), kernel.data(), ending.after, s, y.data());
   else if (!coded)
-    run_convolution(pool, x.data(), {kernel.data(), outputs}, s, y.data());
+    run_convolution(pool, x.data(), {kernel.data(), outputs}, ending.after, s, y.data());
   else {
     std::vector<int8_t> codes(inputs * outputs);
     const std::vector<float> scale = normals(outputs), zero = normals(outputs);
@@ -306,7 +334,7 @@ static void check_windows(Pool& pool, int kind) {
     const std::vector<int8_t> panels = in_panels8(codes, outputs, inputs);
     const int64_t words = round_up(inputs, kBytes) / kWord;
     const Int8Weights w{panels.data(), scale.data(), shifted ? zero.data() : nullptr, words, outputs};
-    run_int8_convolution(pool, x.data(), w, s, y.data());
+    run_int8_convolution(pool, x.data(), w, ending.after, s, y.data());
   }
   size_t at = 0;
   for (int64_t image = 0; image < s.batch; ++image)
@@ -325,6 +353,7 @@ static void check_windows(Pool& pool, int kind) {
               for (int64_t k = 0; !depthwise && k < s.channels; ++k)
                 sum.add((double)in[k] * weights[k * last + n]);
             }
+          sum = ending(sum, n);
           compare(depthwise ? "depthwise" : "convolution", y[at++], sum.value, sum.size);
         }
 }

@@ -1,6 +1,5 @@
 """Native kernels: figures of float64, under jit and vmap, and no byte read that is not theirs."""
 
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,11 @@ import jopt
 from jopt import quant, run
 from jopt.run import _build, _forms, _native
 from jopt.run._packing import into_panels, out_of_panels, rows_at
-from tests.conftest import COMPILER
+from tests.conftest import COMPILER, needs_compiler
 from tests.test_run import MAKERS, _tree, apply, reference
 
 EDGES = ((0, 0), (0, 0))
 ROOT = Path(__file__).parent.parent
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    """Compile the kernels, into a folder of the tests' own."""
-    before = os.environ.pop("JOPT_NATIVE")
-    os.environ["JOPT_CACHE"] = str(tmp_path_factory.mktemp("native"))
-    _build._loaded.cache_clear()
-    assert run.native_problem() is None
-    yield
-    os.environ["JOPT_NATIVE"] = before
-    del os.environ["JOPT_CACHE"]
-    _build._loaded.cache_clear()
 
 
 def panels(codes):

@@ -6,6 +6,7 @@ jaxpr (jit, remat, scan, custom derivatives) are opened only if there is a layer
 otherwise their equation is run as it is, so that their derivative rules and boundaries stay.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,26 @@ class Record:
     rows: jax.Array
     use: Use = struct.field(pytree_node=False)
     scans: tuple[bool, ...] = struct.field(pytree_node=False)
+
+
+class Pending:
+    """A value that is computed when it is needed; what follows it may be computed with it.
+
+    `visit` may return one. It stays one only while a single operation reads it.
+    """
+
+    def then(self, equation: core.JaxprEqn, values: list[Any]) -> "Pending | None":
+        """Return this with an operation after it, or None where the two are computed apart.
+
+        Args:
+          equation: the operation.
+          values: its inputs, of which this is one.
+        """
+        raise NotImplementedError
+
+    def value(self) -> Any:
+        """Compute it."""
+        raise NotImplementedError
 
 
 Visit = Callable[[Use, core.JaxprEqn, list[Any], dict[str, Any]], tuple[list[Any], list[Record]]]
@@ -168,11 +189,15 @@ def analyse(jaxpr: core.Jaxpr, views: Sequence[View | None], rules: Rules = PROD
     return Analysis(uses, ends, _look_up(known, jaxpr.outvars))
 
 
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
 def _look_up(known: dict[Any, View], atoms: Sequence[Any]) -> Views:
     return [None if isinstance(atom, core.Literal) else known.get(atom) for atom in atoms]
 
 
-def _present(variables: Sequence[Any], views: Views) -> dict[Any, View]:
+def _present(variables: Sequence[Any], views: Sequence[View | None]) -> dict[Any, View]:
     pairs = zip(variables, views, strict=True)
     return {variable: view for variable, view in pairs if view is not None}
 
@@ -268,6 +293,16 @@ def _call(
     return run(values, extras)
 
 
+def _computed(value: Any) -> Any:
+    return value.value() if isinstance(value, Pending) else value
+
+
+def _joined(equation: core.JaxprEqn, values: list[Any]) -> Pending | None:
+    """Return an operation with the pending value that it reads, if they are computed together."""
+    pending = next((value for value in values if isinstance(value, Pending)), None)
+    return None if pending is None else pending.then(equation, values)
+
+
 def _run_equation(
     equation: core.JaxprEqn, values: list[Any], views: Views, how: How, extras: dict[str, Any]
 ) -> tuple[list[Any], list[Record], Views]:
@@ -311,11 +346,20 @@ def evaluate(
     def read(atoms: Sequence[Any]) -> list[Any]:
         return [atom.val if isinstance(atom, core.Literal) else env[atom] for atom in atoms]
 
+    read_by = Counter(atom for equation in jaxpr.eqns for atom in _variables(equation.invars))
+    read_by.update(2 * _variables(jaxpr.outvars))  # an output is needed as it is
+
     records: list[Record] = []
     for equation in jaxpr.eqns:
-        outs, seen, out_views = _run_equation(
-            equation, read(equation.invars), _look_up(known, equation.invars), how, extras
-        )
+        values, in_views = read(equation.invars), _look_up(known, equation.invars)
+        joined = _joined(equation, values)
+        if joined is not None:
+            outs, seen, out_views = [joined], [], [None]
+        else:
+            values = [_computed(value) for value in values]
+            outs, seen, out_views = _run_equation(equation, values, in_views, how, extras)
+        alone = [read_by[variable] == 1 for variable in equation.outvars]
+        outs = [out if one else _computed(out) for out, one in zip(outs, alone, strict=True)]
         records += seen
         env |= zip(equation.outvars, outs, strict=True)
         known |= _present(equation.outvars, out_views)

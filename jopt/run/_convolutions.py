@@ -19,12 +19,10 @@ from jopt.layers._rows import patches
 from jopt.run import _native
 from jopt.run._forms import native_here
 from jopt.run._matrices import Int8Matrix
+from jopt.run._native import AS_IT_IS, After
 
 PLAIN = "XLA, convolution"
 _PATCH = 160  # elements of a patch up to which patches are tried: beyond, copies cost too much
-
-
-Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Shapes(NamedTuple):
@@ -109,10 +107,16 @@ def seen(x: jax.Array, strides: tuple[int, ...]) -> jax.Array:
     return x[(slice(None), *(slice(None, None, step) for step in strides))]
 
 
-def _by_matrix(product: Product, shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _by_matrix(
+    product: Callable[..., jax.Array],
+    shapes: Shapes,
+    x: jax.Array,
+    kernel: jax.Array,
+    *after: After,
+) -> jax.Array:
     """Multiply every element's channels by one matrix."""
     x = seen(x, shapes.window.strides)
-    out = product(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[-2:]))
+    out = product(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[-2:]), *after)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -157,44 +161,59 @@ def _derived_from(reference: Way, native: Way) -> Way:
     return way
 
 
-def _depthwise(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _native.depthwise(x, kernel[:, :, 0], shapes.window.strides, shapes.window.padding)
+def _depthwise(shapes: Shapes, x: jax.Array, kernel: jax.Array, *after: After) -> jax.Array:
+    window = shapes.window
+    return _native.depthwise(x, kernel[:, :, 0], window.strides, window.padding, *after)
 
 
-def _convolution(shapes: Shapes, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _native.convolution(x, kernel, shapes.window.strides, shapes.window.padding)
+def _convolution(shapes: Shapes, x: jax.Array, kernel: jax.Array, *after: After) -> jax.Array:
+    window = shapes.window
+    return _native.convolution(x, kernel, window.strides, window.padding, *after)
 
 
-native_pointwise = _derived_from(pointwise, partial(_by_matrix, _native.floats_product))
-native_depthwise = _derived_from(shifted, _depthwise)
-native_convolution = _derived_from(plain, _convolution)
+_pointwise = partial(_by_matrix, _native.floats_product)
+NATIVE: dict[str, Way] = {
+    "native depthwise": _derived_from(shifted, _depthwise),
+    "native product of matrices": _derived_from(pointwise, _pointwise),
+    "native convolution": _derived_from(plain, _convolution),
+}
+ENDED: dict[str, Callable[..., jax.Array]] = {  # with what becomes of the outputs, last
+    "native depthwise": _depthwise,
+    "native product of matrices": _pointwise,
+    "native convolution": _convolution,
+}
 
 
-def int8_convolution(shapes: Shapes, leaf: Int8Matrix, x: jax.Array) -> jax.Array:
+def int8_convolution(
+    shapes: Shapes, leaf: Int8Matrix, x: jax.Array, after: After = AS_IT_IS
+) -> jax.Array:
     """Convolve by the codes of a kernel that is laid out by outputs."""
     zero = None if leaf.zero_point is None else leaf.zero_point[:, 0]
     window = shapes.window
     about = {"size": window.size, "strides": window.strides, "padding": window.padding}
-    return _native.int8_convolution(x, leaf.codes, leaf.scale[:, 0], zero, **about)
+    return _native.int8_convolution(x, leaf.codes, leaf.scale[:, 0], zero, after=after, **about)
 
 
 def ways_of(shapes: Shapes) -> dict[str, Way]:
     """Return the ways to compute a convolution, the one that is preferred unmeasured first."""
     ways: dict[str, Way] = {}
+
+    def add_native(name: str) -> None:
+        if native_here() is None:
+            ways[name] = NATIVE[name]
+
     if 0 in shapes.x or 0 in shapes.kernel:
         return {PLAIN: plain}
     groups = shapes.window.feature_group_count
     if shapes.is_depthwise:
-        if native_here() is None:
-            ways["native depthwise"] = native_depthwise
+        add_native("native depthwise")
         ways["XLA, shifted multiply-adds"] = shifted
     elif is_product(shapes.window):
-        if native_here() is None:
-            ways["native product of matrices"] = native_pointwise
+        add_native("native product of matrices")
         ways["XLA, product of matrices"] = pointwise
     elif groups == 1:
-        if native_here() is None and is_plain(shapes.window):
-            ways["native convolution"] = native_convolution
+        if is_plain(shapes.window):
+            add_native("native convolution")
         if math.prod(shapes.kernel[:-1]) <= _PATCH:
             return ways | {PLAIN: plain, "XLA, product of patches": by_patches}
     return ways | {PLAIN: plain}

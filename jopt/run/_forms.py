@@ -22,6 +22,7 @@ from jopt.run._matrices import (
     SignMatrix,
     SparseMatrix,
 )
+from jopt.run._native import AS_IT_IS, After
 from jopt.run._packing import pack_bits
 
 Product = Callable[[Any, jax.Array], jax.Array]
@@ -36,11 +37,13 @@ class Form(NamedTuple):
       name: what `explain` calls it.
       product: `(matrix, rows) -> outputs`.
       few: up to how many rows it is taken where nothing was measured.
+      ended: the product with what becomes of its outputs, `(..., after) -> outputs`, or None.
     """
 
     name: str
     product: Product
     few: float = math.inf
+    ended: Callable[..., jax.Array] | None = None
 
 
 # --- XLA alone ------------------------------------------------------------------------------------
@@ -162,20 +165,26 @@ def _with_arrays(
     return _over_stacked(run, len(matrix.stacked))(rows, given)
 
 
-def _native_int8(matrix: Int8Matrix, rows: jax.Array, rounded: bool) -> jax.Array:
+def _native_int8(
+    matrix: Int8Matrix, rows: jax.Array, after: After = AS_IT_IS, *, rounded: bool
+) -> jax.Array:
     zero = None if matrix.zero_point is None else matrix.zero_point[..., 0]
     fixed = matrix.input_scale if rounded else None
     arrays = {"codes": matrix.codes, "scale": matrix.scale[..., 0], "zero": zero, "fixed": fixed}
-    return _with_arrays(partial(_native.int8_product, rounded=rounded), matrix, rows, arrays)
+    product = partial(_native.int8_product, rounded=rounded, after=after)
+    return _with_arrays(product, matrix, rows, arrays)
 
 
-def _native_int4(matrix: Int4Matrix, rows: jax.Array, rounded: bool) -> jax.Array:
-    about = {"outputs": matrix.outputs, "group": matrix.group, "rounded": rounded}
+def _native_int4(
+    matrix: Int4Matrix, rows: jax.Array, after: After = AS_IT_IS, *, rounded: bool
+) -> jax.Array:
+    about: dict[str, Any] = {"outputs": matrix.outputs, "group": matrix.group}
+    about |= {"rounded": rounded, "after": after}
     arrays = {"packed": matrix.packed, "scale": matrix.scale, "zero": matrix.zero_point}
     return _with_arrays(partial(_native.int4_product, **about), matrix, rows, arrays)
 
 
-def _native_codebook(matrix: Int4Matrix, rows: jax.Array, rounded: bool) -> jax.Array:
+def _native_codebook(matrix: Int4Matrix, rows: jax.Array, *, rounded: bool) -> jax.Array:
     product = partial(_native.codebook_product, group=matrix.group, rounded=rounded)
     arrays = {"packed": matrix.packed, "scale": matrix.scale, "table": matrix.table}
     return _with_arrays(product, matrix, rows, arrays)
@@ -211,7 +220,9 @@ def _native_forms(matrix: Matrix, rounded: bool) -> list[Form]:
     if product is not None:
         few = 16 if not rounded else 64 if kind == "codebook" else math.inf
         to = "int8" if rounded else "float"
-        return [Form(f"native {kind} x {to}", partial(product, rounded=rounded), few)]
+        product = partial(product, rounded=rounded)
+        ended = None if kind == "codebook" or matrix.stacked else product
+        return [Form(f"native {kind} x {to}", product, few, ended)]
     if isinstance(matrix, SignMatrix):
         return [Form("native signs x float", _native_signs, 16)]
     if isinstance(matrix, SparseMatrix):

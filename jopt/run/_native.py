@@ -4,11 +4,41 @@ Weights lie by outputs, or in panels of sixteen outputs (`_packing.into_panels`)
 `(rows, inputs)`, float32. The library must be there: `_build.problem()` is None.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class After(NamedTuple):
+    """What becomes of the outputs of a product: `clip((y - less) * times + plus, low, high)`.
+
+    Attributes:
+      less: `(outputs,)`, or None for 0.
+      times: `(outputs,)`, or None for 1.
+      plus: `(outputs,)`, or None for 0.
+      low: what outputs are at least.
+      high: what they are at most.
+    """
+
+    less: jax.Array | None = None
+    times: jax.Array | None = None
+    plus: jax.Array | None = None
+    low: float = -math.inf
+    high: float = math.inf
+
+    def operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the arrays, empty ones for None."""
+        return _or_none(self.less, 0), _or_none(self.times, 0), _or_none(self.plus, 0)
+
+    def bounds(self) -> dict[str, Any]:
+        """Return the attributes of a call."""
+        return {"low": np.float32(self.low), "high": np.float32(self.high)}
+
+
+AS_IT_IS = After()
 
 
 def _call(target: str, shape: tuple[int, ...], *args: jax.Array, **attributes: Any) -> jax.Array:
@@ -29,6 +59,7 @@ def int8_product(
     fixed: jax.Array | None = None,
     *,
     rounded: bool,
+    after: After = AS_IT_IS,
 ) -> jax.Array:
     """Multiply by int8 codes; inputs are rounded to int8 by row, by a fixed step, or not at all.
 
@@ -39,10 +70,11 @@ def int8_product(
       zero: `(outputs,)`, or None for 0.
       fixed: `(1,)`, or None for a step for each row.
       rounded: whether inputs are rounded.
+      after: what becomes of the outputs.
     """
     shape = (x.shape[0], scale.shape[0])
-    ends = _or_none(zero, 0), _or_none(fixed, 0)
-    return _call("int8", shape, x, codes, scale, *ends, round=rounded)
+    arrays = codes, scale, _or_none(zero, 0), _or_none(fixed, 0), *after.operands()
+    return _call("int8", shape, x, *arrays, round=rounded, **after.bounds())
 
 
 def int4_product(
@@ -54,6 +86,7 @@ def int4_product(
     outputs: int,
     group: int,
     rounded: bool,
+    after: After = AS_IT_IS,
 ) -> jax.Array:
     """Multiply by packed 4-bit codes that are evenly spaced: `scale * (code - 8 - zero)`.
 
@@ -65,10 +98,12 @@ def int4_product(
       outputs: how many there are.
       group: how many codes share a scale.
       rounded: whether inputs are rounded.
+      after: what becomes of the outputs.
     """
     shape = (x.shape[0], outputs)
-    more = {"group": np.int64(group), "round": rounded}
-    return _call("int4", shape, x, packed, scale, _or_none(zero, 0, 0, 0, 0), **more)
+    more = {"group": np.int64(group), "round": rounded} | after.bounds()
+    arrays = packed, scale, _or_none(zero, 0, 0, 0, 0), *after.operands()
+    return _call("int4", shape, x, *arrays, **more)
 
 
 def codebook_product(
@@ -112,16 +147,19 @@ def sparse_product(
     return _call("sparse", (x.shape[0], outputs), x, values, columns, starts)
 
 
-def floats_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def floats_product(x: jax.Array, kernel: jax.Array, after: After = AS_IT_IS) -> jax.Array:
     """Multiply by floats; the kernel is `(inputs, outputs)`."""
-    return _call("floats", (x.shape[0], kernel.shape[1]), x, kernel)
+    shape = (x.shape[0], kernel.shape[1])
+    return _call("floats", shape, x, kernel, *after.operands(), **after.bounds())
 
 
 Pair = tuple[int, int]
 Edges = tuple[Pair, Pair]  # padding before and after, along height and width; none is negative
 
 
-def convolution(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) -> jax.Array:
+def convolution(
+    x: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges, after: After = AS_IT_IS
+) -> jax.Array:
     """Convolve all channels.
 
     Args:
@@ -129,9 +167,10 @@ def convolution(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) 
       kernel: `(rows, columns, channels, outputs)`.
       strides: along height and width.
       padding: before and after, along height and width.
+      after: what becomes of the outputs.
     """
     size = kernel.shape[0], kernel.shape[1]
-    return _windows("convolution", x, size, kernel.shape[3], strides, padding, kernel)
+    return _windows("convolution", x, size, kernel.shape[3], strides, padding, after, kernel)
 
 
 def int8_convolution(
@@ -143,6 +182,7 @@ def int8_convolution(
     size: Pair,
     strides: Pair,
     padding: Edges,
+    after: After = AS_IT_IS,
 ) -> jax.Array:
     """Convolve all channels by int8 codes.
 
@@ -154,17 +194,20 @@ def int8_convolution(
       size: of the window, rows and columns.
       strides: along height and width.
       padding: before and after, along height and width.
+      after: what becomes of the outputs.
     """
     arrays = codes, scale, _or_none(zero, 0)
     attributes = {"size": np.array(size, np.int64)}
-    outputs = scale.shape[0]
-    return _windows("int8convolution", x, size, outputs, strides, padding, *arrays, **attributes)
+    about = size, scale.shape[0], strides, padding, after
+    return _windows("int8convolution", x, *about, *arrays, **attributes)
 
 
-def depthwise(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges) -> jax.Array:
+def depthwise(
+    x: jax.Array, kernel: jax.Array, strides: Pair, padding: Edges, after: After = AS_IT_IS
+) -> jax.Array:
     """Convolve every channel by itself; the kernel is `(rows, columns, channels)`."""
     size = kernel.shape[0], kernel.shape[1]
-    return _windows("depthwise", x, size, kernel.shape[2], strides, padding, kernel)
+    return _windows("depthwise", x, size, kernel.shape[2], strides, padding, after, kernel)
 
 
 def _windows(
@@ -174,6 +217,7 @@ def _windows(
     outputs: int,
     strides: Pair,
     padding: Edges,
+    after: After,
     /,
     *arrays: jax.Array,
     **attributes: Any,
@@ -181,5 +225,6 @@ def _windows(
     ends = zip(x.shape[1:3], padding, size, strides, strict=True)
     sizes = [max(0, (side + sum(pad) - length) // step + 1) for side, pad, length, step in ends]
     before = np.array([padding[0][0], padding[1][0]], np.int64)
-    attributes |= {"strides": np.array(strides, np.int64), "padding": before}
-    return _call(target, (x.shape[0], *sizes, outputs), x, *arrays, **attributes)
+    attributes |= {"strides": np.array(strides, np.int64), "padding": before} | after.bounds()
+    shape = x.shape[0], *sizes, outputs
+    return _call(target, shape, x, *arrays, *after.operands(), **attributes)

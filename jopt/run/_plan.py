@@ -14,8 +14,10 @@ from jopt.layers._interpret import bind
 from jopt.layers._rows import element_order, rows_of
 from jopt.layers._uses import GROUP_AXIS, Use
 from jopt.run import _convolutions, _probe
+from jopt.run._endings import Compute, How, Product
 from jopt.run._forms import FLOATS, Form, floats, forms_of
 from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SparseMatrix, TurnedMatrix
+from jopt.run._native import After
 from jopt.run._uses import GATHER
 
 PLAIN_DOT, PLAIN_CONV, PLAIN_GATHER = "XLA, dot", _convolutions.PLAIN, "XLA, gather"
@@ -112,13 +114,14 @@ def _product_jvp(form: Form, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return _product(*primals, form), jax.jvp(floats, primals, tangents)[1]
 
 
-def multiply(leaf: Matrix, rows: jax.Array, rounded: bool) -> tuple[jax.Array, str]:
-    """Multiply rows by a matrix in the fastest way, and say which it was.
+def multiply(form: Form, leaf: Matrix, rows: jax.Array, *after: After) -> jax.Array:
+    """Multiply rows by a matrix.
 
     Args:
+      form: how.
       leaf: a matrix, perhaps turned.
       rows: `(..., count, inputs)`.
-      rounded: whether inputs are rounded to int8.
+      *after: what becomes of the outputs, if anything; then there are no derivatives.
 
     Returns:
       `(..., count, outputs)`, float32.
@@ -127,16 +130,18 @@ def multiply(leaf: Matrix, rows: jax.Array, rounded: bool) -> tuple[jax.Array, s
     matrix = leaf
     if isinstance(leaf, TurnedMatrix):
         rows, matrix = leaf.turned(rows), leaf.matrix
-    form = form_for(matrix, rows, rounded)
+    if after and form.ended is not None:
+        return form.ended(matrix, rows, *after)
     if form.name == FLOATS:
-        return floats(matrix, rows), form.name
-    return _product(matrix, rows, form), form.name
+        return floats(matrix, rows)
+    return _product(matrix, rows, form)
 
 
-def _dot(use: Use, equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded: bool) -> Any:
+def _dot(
+    use: Use, equation: core.JaxprEqn, form: Form, leaf: Matrix, x: jax.Array, *after: After
+) -> jax.Array:
     out = _aval_of(equation)
-    rows = rows_of(use, x)
-    values, name = multiply(leaf, rows, rounded)
+    values = multiply(form, leaf, rows_of(use, x), *after)
     layer = use.layer
     taken = (*use.input_batch, *layer.input_axes)
     others = tuple(x.shape[axis] for axis in range(x.ndim) if axis not in taken)
@@ -148,15 +153,52 @@ def _dot(use: Use, equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded:
         sizes = (*batch, *free, *others)
     else:
         sizes = (*batch, *others, *free)
-    return values.reshape(sizes).astype(out.dtype), name
+    return values.reshape(sizes).astype(out.dtype)
 
 
-def _conv(equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded: bool) -> Any:
+def _channels(equation: core.JaxprEqn, x: jax.Array) -> jax.Array:
+    """Return the channels of every element that a window of one element sees."""
+    seen = _convolutions.seen(x, equation.params["window_strides"])
+    return seen.reshape(-1, seen.shape[-1])
+
+
+def _conv(
+    equation: core.JaxprEqn, form: Form, leaf: Matrix, x: jax.Array, *after: After
+) -> jax.Array:
     """Multiply the channels of every element that a window of one element sees."""
     out = _aval_of(equation)
-    taken = _convolutions.seen(x, equation.params["window_strides"])
-    values, name = multiply(leaf, taken.reshape(-1, taken.shape[-1]), rounded)
-    return values.reshape(out.shape).astype(out.dtype), name
+    return multiply(form, leaf, _channels(equation, x), *after).reshape(out.shape).astype(out.dtype)
+
+
+def _held_back(
+    equation: core.JaxprEqn, compute: Compute, ended: Compute | None, operands: tuple[Any, ...]
+) -> Any:
+    """Compute a product, or hold it back if what follows can be computed with it.
+
+    Args:
+      equation: the operation, whose outputs belong together along their last axis.
+      compute: `(*operands) -> outputs`.
+      ended: `(*operands, after) -> outputs`, or None.
+      operands: its own.
+    """
+    out = _aval_of(equation)
+    if ended is None or out.dtype != jnp.float32 or not out.shape:
+        return compute(*operands)
+    return Product(How(compute, ended), operands, out)
+
+
+def _matrix_product(
+    use: Use, equation: core.JaxprEqn, leaf: Matrix, x: jax.Array, rounded: bool
+) -> tuple[Any, str]:
+    """Multiply by a matrix in the fastest way, and say which it is."""
+    is_conv = use.layer.kind == "conv"
+    rows_by = partial(_channels, equation) if is_conv else partial(rows_of, use)
+    rows = jax.eval_shape(lambda x: rows_by(x).astype(jnp.float32), x)
+    form = form_for(leaf.matrix if isinstance(leaf, TurnedMatrix) else leaf, rows, rounded)
+    compute = partial(_conv, equation, form) if is_conv else partial(_dot, use, equation, form)
+    last = use.side == 0 and _aval_of(equation).shape[-1:] == (leaf.outputs,)
+    ended = compute if form.ended is not None and (is_conv or last) else None
+    return _held_back(equation, compute, ended, (leaf, x)), form.name
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -176,7 +218,7 @@ def _windowed_jvp(
 
 def _window(
     use: Use, equation: core.JaxprEqn, leaf: Int8Matrix, x: jax.Array
-) -> tuple[jax.Array, str, str]:
+) -> tuple[Any, str, str]:
     """Convolve by the codes of a kernel with a window, or by what they stand for."""
     x = x.astype(jnp.float32)
     shapes = _convolutions.Shapes(x.shape, leaf.shape, use.layer.window)
@@ -189,10 +231,16 @@ def _window(
     codes, why = "native int8 convolution", WINDOW
     if leaf.panels and _convolutions.takes_codes(shapes.window):
         why = RESTORED
-        forms.insert(0, Form(codes, partial(_convolutions.int8_convolution, shapes)))
+        native = partial(_convolutions.int8_convolution, shapes)
+        forms.insert(0, Form(codes, native, ended=native))
     avals = jax.tree.map(_aval, leaf), _aval(x)
     form = fastest(f"int8 convolution {shapes}", forms, avals, 1)
-    out = _windowed(leaf, x, shapes, form).astype(_aval_of(equation).dtype)
+    dtype = _aval_of(equation).dtype
+
+    def compute(leaf: Any, x: jax.Array) -> jax.Array:
+        return _windowed(leaf, x, shapes, form).astype(dtype)
+
+    out = _held_back(equation, compute, form.ended, (leaf, x))
     return out, form.name, "" if form.name == codes else why
 
 
@@ -211,7 +259,9 @@ def _float_conv(use: Use, equation: core.JaxprEqn, values: list[Any]) -> tuple[A
     form = fastest(f"convolution {shapes}", forms, (_aval(x), _aval(kernel)), 1)
     if form.name == PLAIN_CONV:
         return None, PLAIN_CONV
-    return form.product(x, kernel), form.name
+    ended = _convolutions.ENDED.get(form.name)
+    ended = None if ended is None else partial(ended, shapes)
+    return _held_back(equation, form.product, ended, (x, kernel)), form.name
 
 
 def _gathered(equation: core.JaxprEqn, leaf: Any, indices: jax.Array) -> jax.Array | None:
@@ -251,7 +301,7 @@ def run_use(
       rounded: whether inputs are rounded to int8.
 
     Returns:
-      The outputs, and what computed them.
+      The outputs, perhaps held back, and what computes them.
     """
     layer = use.layer
     if layer.kind == GATHER:
@@ -267,10 +317,8 @@ def run_use(
             x = values[use.side]
             if _convolutions.wide_window(layer):
                 out, name, why = _window(use, equation, leaf, x)
-            elif layer.kind == "conv":
-                out, name = _conv(equation, leaf, x, rounded)
             else:
-                out, name = _dot(use, equation, leaf, x, rounded)
+                out, name = _matrix_product(use, equation, leaf, x, rounded)
             return [out], Choice(use, name, why)
     if layer.kind == "conv":
         out, name = _float_conv(use, equation, values)

@@ -108,6 +108,27 @@ T* at(const Operand& operand, const Index& index) {
   return (T*)operand.at(index);
 }
 
+// What becomes of the outputs: each array is empty or has one number for each.
+struct Ending {
+  Operand less, times, plus;
+  float low, high;
+
+  ffi::Error fits(int64_t outputs) const {
+    for (const Operand& each : {less, times, plus})
+      if (each[0] && each[0] != outputs) return wrong(each.name, "be empty or (outputs)");
+    return ffi::Error::Success();
+  }
+  After after(const Index& index) const {
+    auto numbers = [&](const Operand& of) { return of[0] ? (const float*)of.at(index) : nullptr; };
+    return {numbers(less), numbers(times), numbers(plus), low, high};
+  }
+};
+
+Ending ending(ffi::Buffer<ffi::F32> less, ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus,
+              float low, float high) {
+  return {operand("less", less, 1), operand("times", times, 1), operand("plus", plus, 1), low, high};
+}
+
 ffi::Error product(const Operand& x, int64_t inputs, int64_t outputs, const Operand& y) {
   if (x[1] != inputs) return wrong("x", "have as many inputs as the weights");
   if (inputs > kLongest) return wrong("weights", "have at most 2^16 inputs");
@@ -143,24 +164,28 @@ Int8Weights int8_weights(const Operand& codes, const Operand& scale, const Opera
 // zero and fixed may be empty.
 ffi::Error Int8(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::S8> codes_,
                 ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_,
-                ffi::Buffer<ffi::F32> fixed_, Out y_, bool round) {
+                ffi::Buffer<ffi::F32> fixed_, ffi::Buffer<ffi::F32> less, ffi::Buffer<ffi::F32> times,
+                ffi::Buffer<ffi::F32> plus, Out y_, bool round, float low, float high) {
   const Operand x = operand("x", x_, 2), codes = operand("codes", codes_, 4),
                 scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
                 fixed = operand("fixed", fixed_, 1), y = operand("y", *y_, 2);
-  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, fixed}, y));
+  const Ending end = ending(less, times, plus, low, high);
+  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, fixed, end.less, end.times, end.plus}, y));
   const int64_t inputs = x[1];
   JOPT_RETURN_IF_WRONG(product(x, inputs, scale[0], y));
   JOPT_RETURN_IF_WRONG(int8_panels(codes, scale, zero, inputs));
   if (fixed[0] > 1) return wrong("fixed", "be empty or one number");
+  JOPT_RETURN_IF_WRONG(end.fits(scale[0]));
   Pool pool{threads};
-  over_batch(x, {codes, scale, zero, fixed}, y, [&](const Index& index, int64_t rows) {
+  over_batch(x, {codes, scale, zero, fixed, end.less, end.times, end.plus}, y, [&](const Index& index, int64_t rows) {
     const Int8Weights w = int8_weights(codes, scale, zero, index);
     const float* in = at<float>(x, index);
     float* out = at<float>(y, index);
+    const After after = end.after(index);
     if (round)
-      run_int8(pool, in, rows, inputs, fixed[0] ? at<float>(fixed, index) : nullptr, w, out);
+      run_int8(pool, in, rows, inputs, fixed[0] ? at<float>(fixed, index) : nullptr, w, after, out);
     else
-      run_int8_float(pool, in, rows, inputs, w, out);
+      run_int8_float(pool, in, rows, inputs, w, after, out);
   });
   return ffi::Error::Success();
 }
@@ -173,13 +198,16 @@ ffi::Error shares(int64_t group) {
 
 // zero may be empty.
 ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::U8> packed_,
-                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_, Out y_, int64_t group,
-                bool round) {
+                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_, ffi::Buffer<ffi::F32> less,
+                ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_, int64_t group,
+                bool round, float low, float high) {
   const Operand x = operand("x", x_, 2), packed = operand("packed", packed_, 4),
                 scale = operand("scale", scale_, 4), zero = operand("zero", zero_, 4),
                 y = operand("y", *y_, 2);
-  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero}, y));
+  const Ending end = ending(less, times, plus, low, high);
+  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero, end.less, end.times, end.plus}, y));
   const int64_t inputs = x[1], outputs = y[1];
+  JOPT_RETURN_IF_WRONG(end.fits(outputs));
   JOPT_RETURN_IF_WRONG(product(x, inputs, outputs, y));
   JOPT_RETURN_IF_WRONG(in_panels("packed", packed, round_up(inputs, kPair) / kPair * kBlock, outputs));
   JOPT_RETURN_IF_WRONG(shares(group));
@@ -191,7 +219,7 @@ ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<f
   if (!by_group(scale)) return wrong("scale", "be (panels, groups, 16, 1)");
   if (zeroed && !by_group(zero)) return wrong("zero", "be empty or (panels, groups, 16, 1)");
   Pool pool{threads};
-  over_batch(x, {packed, scale, zero}, y, [&](const Index& index, int64_t rows) {
+  over_batch(x, {packed, scale, zero, end.less, end.times, end.plus}, y, [&](const Index& index, int64_t rows) {
     const Int4Weights w{at<uint8_t>(packed, index),
                         at<float>(scale, index),
                         zeroed ? at<float>(zero, index) : nullptr,
@@ -200,7 +228,7 @@ ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<f
                         group,
                         outputs};
     auto run = round ? run_int4<Pool> : run_int4_float<Pool>;
-    run(pool, at<float>(x, index), rows, inputs, w, at<float>(y, index));
+    run(pool, at<float>(x, index), rows, inputs, w, end.after(index), at<float>(y, index));
   });
   return ffi::Error::Success();
 }
@@ -302,16 +330,20 @@ ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
 
 // By floats, as XLA's own products; the kernel is (inputs, outputs).
 ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                   ffi::Buffer<ffi::F32> kernel_, Out y_) {
+                   ffi::Buffer<ffi::F32> kernel_, ffi::Buffer<ffi::F32> less,
+                   ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_, float low,
+                   float high) {
   const Operand x = operand("x", x_, 2), kernel = operand("kernel", kernel_, 2),
                 y = operand("y", *y_, 2);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  const Ending end = ending(less, times, plus, low, high);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus}, y));
+  JOPT_RETURN_IF_WRONG(end.fits(kernel[1]));
   if (x[1] != kernel[0]) return wrong("x", "have as many inputs as the weights");
   if (y[0] != x[0] || y[1] != kernel[1]) return wrong("the result", "be (rows, outputs)");
   Pool pool{threads};
-  over_batch(x, {kernel}, y, [&](const Index& index, int64_t rows) {
+  over_batch(x, {kernel, end.less, end.times, end.plus}, y, [&](const Index& index, int64_t rows) {
     const FloatWeights w{at<float>(kernel, index), kernel[1]};
-    run_floats(pool, at<float>(x, index), rows, kernel[0], w, at<float>(y, index));
+    run_floats(pool, at<float>(x, index), rows, kernel[0], w, end.after(index), at<float>(y, index));
   });
   return ffi::Error::Success();
 }
@@ -333,30 +365,38 @@ ffi::Error over_windows(const Operand& x, int64_t rows, int64_t columns, const O
 }
 
 ffi::Error Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                       ffi::Buffer<ffi::F32> kernel_, Out y_, ffi::Span<const int64_t> strides,
-                       ffi::Span<const int64_t> padding) {
+                       ffi::Buffer<ffi::F32> kernel_, ffi::Buffer<ffi::F32> less,
+                       ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_,
+                       ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding, float low,
+                       float high) {
   const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 4),
                 y = operand("y", *y_, 4);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  const Ending end = ending(less, times, plus, low, high);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus}, y));
+  JOPT_RETURN_IF_WRONG(end.fits(kernel[3]));
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels, outputs)");
   if (y[3] != kernel[3]) return wrong("the result", "have the kernel's outputs");
   Pool pool{threads};
   return over_windows(x, kernel[0], kernel[1], y, strides, padding,
                       [&](const Index& index, const Window& window) {
     const FloatWeights w{at<float>(kernel, index), kernel[3]};
-    run_convolution(pool, at<float>(x, index), w, window, at<float>(y, index));
+    run_convolution(pool, at<float>(x, index), w, end.after(index), window, at<float>(y, index));
   });
 }
 
 // zero may be empty; the codes of an output are those of its window, row by row.
 ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
                            ffi::Buffer<ffi::S8> codes_, ffi::Buffer<ffi::F32> scale_,
-                           ffi::Buffer<ffi::F32> zero_, Out y_, ffi::Span<const int64_t> size,
-                           ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding) {
+                           ffi::Buffer<ffi::F32> zero_, ffi::Buffer<ffi::F32> less,
+                           ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_,
+                           ffi::Span<const int64_t> size, ffi::Span<const int64_t> strides,
+                           ffi::Span<const int64_t> padding, float low, float high) {
   const Operand x = operand("x", x_, 4), codes = operand("codes", codes_, 4),
                 scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
                 y = operand("y", *y_, 4);
-  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero}, y));
+  const Ending end = ending(less, times, plus, low, high);
+  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, end.less, end.times, end.plus}, y));
+  JOPT_RETURN_IF_WRONG(end.fits(scale[0]));
   if (size.size() != 2 || size[0] < 1 || size[1] < 1)
     return wrong("size", "be two numbers, at least 1");
   JOPT_RETURN_IF_WRONG(int8_panels(codes, scale, zero, size[0] * size[1] * x[3]));
@@ -365,22 +405,27 @@ ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
   return over_windows(x, size[0], size[1], y, strides, padding,
                       [&](const Index& index, const Window& window) {
     const Int8Weights w = int8_weights(codes, scale, zero, index);
-    run_int8_convolution(pool, at<float>(x, index), w, window, at<float>(y, index));
+    run_int8_convolution(pool, at<float>(x, index), w, end.after(index), window,
+                         at<float>(y, index));
   });
 }
 
 ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                     ffi::Buffer<ffi::F32> kernel_, Out y_, ffi::Span<const int64_t> strides,
-                     ffi::Span<const int64_t> padding) {
+                     ffi::Buffer<ffi::F32> kernel_, ffi::Buffer<ffi::F32> less,
+                     ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_,
+                     ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding, float low,
+                     float high) {
   const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 3),
                 y = operand("y", *y_, 4);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  const Ending end = ending(less, times, plus, low, high);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus}, y));
+  JOPT_RETURN_IF_WRONG(end.fits(kernel[2]));
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels)");
   if (y[3] != x[3]) return wrong("the result", "have x's channels");
   Pool pool{threads};
   return over_windows(x, kernel[0], kernel[1], y, strides, padding,
                       [&](const Index& index, const Window& window) {
-    run_depthwise(pool, at<float>(x, index), at<float>(kernel, index), window,
+    run_depthwise(pool, at<float>(x, index), at<float>(kernel, index), end.after(index), window,
                   at<float>(y, index));
   });
 }
@@ -389,6 +434,10 @@ ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
 }  // namespace jopt
 
 #define JOPT_PRODUCT() ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
+#define JOPT_ENDED()                                                    \
+  Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()             \
+      .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+#define JOPT_BOUNDS() Attr<float>("low").Attr<float>("high")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt8, jopt::Int8,
                               JOPT_PRODUCT()
@@ -396,16 +445,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt8, jopt::Int8,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("round"));
+                                  .JOPT_ENDED()
+                                  .Attr<bool>("round")
+                                  .JOPT_BOUNDS());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt4, jopt::Int4,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .JOPT_ENDED()
                                   .Attr<int64_t>("group")
-                                  .Attr<bool>("round"));
+                                  .Attr<bool>("round")
+                                  .JOPT_BOUNDS());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptCodebook, jopt::Codebook4,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::U8>>()
@@ -433,28 +484,32 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptSparse, jopt::Sparse,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptFloats, jopt::Product,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .JOPT_ENDED()
+                                  .JOPT_BOUNDS());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptConvolution, jopt::Convolution,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .JOPT_ENDED()
                                   .Attr<ffi::Span<const int64_t>>("strides")
-                                  .Attr<ffi::Span<const int64_t>>("padding"));
+                                  .Attr<ffi::Span<const int64_t>>("padding")
+                                  .JOPT_BOUNDS());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt8convolution, jopt::Int8Convolution,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .JOPT_ENDED()
                                   .Attr<ffi::Span<const int64_t>>("size")
                                   .Attr<ffi::Span<const int64_t>>("strides")
-                                  .Attr<ffi::Span<const int64_t>>("padding"));
+                                  .Attr<ffi::Span<const int64_t>>("padding")
+                                  .JOPT_BOUNDS());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptDepthwise, jopt::Depthwise,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .JOPT_ENDED()
                                   .Attr<ffi::Span<const int64_t>>("strides")
-                                  .Attr<ffi::Span<const int64_t>>("padding"));
+                                  .Attr<ffi::Span<const int64_t>>("padding")
+                                  .JOPT_BOUNDS());
 
 extern "C" const char* jopt_instructions() { return jopt::kInstructions; }

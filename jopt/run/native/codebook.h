@@ -211,7 +211,7 @@ struct EntryTile {
 static void codebook8_panels(const Codes8& x, const Codebook& w, Range rows, Range outputs, float* y) {
   for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
     const EntryPanel panel = entries_pack(w, x.stride, n);
-    over_rows<kInt8Rows>(rows, EntryTile{x, w, panel, y});
+    over_rows<kInt8Rows>(rows, EntryTile{x, w, panel, y}, {After(), n, panel.count, w.outputs, y});
   }
 }
 

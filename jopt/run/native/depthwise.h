@@ -64,7 +64,8 @@ static WindowTile tile_for(const Window& s) {
 }
 
 // Rows of outputs, counted over the batch. A window that hangs over an edge is cut to the image.
-static void depthwise(const float* x, const float* kernel, const Window& s, Range range, float* y) {
+static void depthwise(const float* x, const float* kernel, const After& after, const Window& s,
+                      Range range, float* y) {
   const int64_t whole = s.channels / kFloats * kFloats;
   const WindowTile tiles[] = {tile_for<8>(s), tile_for<4>(s), tile_for<2>(s)};
   for (int64_t at = range.begin; at < range.end; ++at) {
@@ -80,7 +81,7 @@ static void depthwise(const float* x, const float* kernel, const Window& s, Rang
       float* to = out + column * s.channels;
       if (rows <= 0 || columns <= 0) {
         std::memset(to, 0, s.channels * sizeof(float));
-        ++column;
+        Outputs{after, 0, s.channels, s.channels, out}.end(column++, 1);
         continue;
       }
       const float* in = image + ((top + skip) * s.width + left + cut) * s.channels;
@@ -103,6 +104,7 @@ static void depthwise(const float* x, const float* kernel, const Window& s, Rang
       for (int64_t t = 0; whole < s.channels && t < count; ++t)
         window_tail(in + whole + t * s.stride_columns * s.channels, weights + whole, rows, columns,
                     s.channels, s.width, s.columns, s.channels - whole, to + whole + t * s.channels);
+      Outputs{after, 0, s.channels, s.channels, out}.end(column, count);
       column += count;
     }
   }

@@ -94,9 +94,11 @@ struct Int4Tile {
   }
 };
 
-static void int4(const Codes8& x, const Int4Weights& w, Range rows, Range outputs, float* y) {
+static void int4(const Codes8& x, const Int4Weights& w, const After& after, Range rows, Range outputs,
+                 float* y) {
   for (int64_t n = outputs.begin; n < outputs.end; n += kPanel)
-    over_rows<kInt4Rows>(rows, Int4Tile{x, w, n, y});
+    over_rows<kInt4Rows>(rows, Int4Tile{x, w, n, y},
+                         {after, n, least(kPanel, w.outputs - n), w.outputs, y});
 }
 
 // A panel as floats.

@@ -50,9 +50,12 @@ struct Int8Tile {
   }
 };
 
-static void int8(const Codes8& x, const Int8Weights& w, Range rows, Range outputs, float* y) {
-  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel)
-    over_rows<kInt8Rows>(rows, Int8Tile{x, w, Ends(n, w.outputs, w.scale, w.zero), y});
+static void int8(const Codes8& x, const Int8Weights& w, const After& after, Range rows, Range outputs,
+                 float* y) {
+  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
+    const Ends ends(n, w.outputs, w.scale, w.zero);
+    over_rows<kInt8Rows>(rows, Int8Tile{x, w, ends, y}, {after, n, ends.count, w.outputs, y});
+  }
 }
 
 // Float activations: codes are widened as they are read.
@@ -95,9 +98,12 @@ struct Int8FloatTile {
   }
 };
 
-static void int8_float(const Floats& x, const Int8Weights& w, Range rows, Range outputs, float* y) {
-  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel)
-    over_rows<4>(rows, Int8FloatTile{x, w, Ends(n, w.outputs, w.scale, w.zero), y});
+static void int8_float(const Floats& x, const Int8Weights& w, const After& after, Range rows,
+                       Range outputs, float* y) {
+  for (int64_t n = outputs.begin; n < outputs.end; n += kPanel) {
+    const Ends ends(n, w.outputs, w.scale, w.zero);
+    over_rows<4>(rows, Int8FloatTile{x, w, ends, y}, {after, n, ends.count, w.outputs, y});
+  }
 }
 
 // A panel as floats.

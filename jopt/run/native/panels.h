@@ -23,11 +23,48 @@ JOPT_INLINE void put(WF values, int64_t count, float* y) {
   std::memcpy(y, all, count * sizeof(float));
 }
 
+// Ends some outputs of some rows, which were just written.
+JOPT_APART void end_outputs(const After& after, int64_t first, int64_t count, int64_t rows,
+                            int64_t stride, float* y) {
+  int64_t n = 0;
+  for (; n + kPanel <= count; n += kPanel) {
+    const WF less = after.less ? wf_load(after.less + first + n) : wf_set(0);
+    const WF times = after.times ? wf_load(after.times + first + n) : wf_set(1);
+    const WF plus = after.plus ? wf_load(after.plus + first + n) : wf_set(0);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* at = y + row * stride + first + n;
+      wf_store(at, wf_within(wf_fma(wf_sub(wf_load(at), less), times, plus), after.low, after.high));
+    }
+  }
+  for (; n < count; ++n)
+    for (int64_t row = 0; row < rows; ++row) {
+      float& at = y[row * stride + first + n];
+      if (after.less) at -= after.less[first + n];
+      if (after.times) at *= after.times[first + n];
+      if (after.plus) at += after.plus[first + n];
+      at = after.low > at ? after.low : after.high < at ? after.high : at;
+    }
+}
+
+// Which outputs tiles write, and what becomes of them.
+struct Outputs {
+  const After& after;
+  int64_t first, count, stride;
+  float* y;
+
+  JOPT_INLINE_MEMBER void end(int64_t row, int64_t rows) const {
+    if (!after.none()) end_outputs(after, first, count, rows, stride, y + row * stride);
+  }
+};
+
 // T rows at a time, then half as many, down to one.
 template <int T, class Tile>
-JOPT_INLINE void over_rows(Range rows, const Tile& tile) {
-  for (; rows.begin + T <= rows.end; rows.begin += T) tile.template run<T>(rows.begin);
-  if constexpr (T > 1) over_rows<T / 2>(rows, tile);
+JOPT_INLINE void over_rows(Range rows, const Tile& tile, const Outputs& outputs) {
+  for (; rows.begin + T <= rows.end; rows.begin += T) {
+    tile.template run<T>(rows.begin);
+    outputs.end(rows.begin, T);
+  }
+  if constexpr (T > 1) over_rows<T / 2>(rows, tile, outputs);
 }
 
 // What outputs of a panel come with, and how many there are: of the others it is 0.
@@ -123,6 +160,11 @@ static FloatPanel float_pack(const FloatWeights& w, int64_t inputs, int64_t firs
   return panel;
 }
 
+template <size_t W>
+JOPT_INLINE int64_t count_of(const std::array<FloatPanel, W>& panels) {
+  return panels[W - 1].first + panels[W - 1].count - panels[0].first;
+}
+
 // Calls body(panels) for the outputs, as many panels together as sums fit in registers.
 template <class Pack, class Body>
 JOPT_INLINE void over_panels(Range outputs, const Pack& pack, const Body& body) {
@@ -135,11 +177,12 @@ JOPT_INLINE void over_panels(Range outputs, const Pack& pack, const Body& body) 
 
 // Rows by panels that `pack(first)` makes.
 template <class Pack>
-JOPT_INLINE void by_floats(const Floats& x, const Pack& pack, int64_t count, Range rows,
-                           Range outputs, float* y) {
+JOPT_INLINE void by_floats(const Floats& x, const Pack& pack, const After& after, int64_t count,
+                           Range rows, Range outputs, float* y) {
   const Runs in = one_run(x);
   over_panels(outputs, pack, [&](const auto& panels) {
-    over_rows<kFloatRows>(rows, float_tile(in, panels, count, y));
+    const Outputs out{after, panels[0].first, count_of(panels), count, y};
+    over_rows<kFloatRows>(rows, float_tile(in, panels, count, y), out);
   });
 }
 
@@ -147,15 +190,16 @@ JOPT_INLINE void by_floats(const Floats& x, const Pack& pack, int64_t count, Ran
 // images, counted over the batch; the input is padded, so that every window lies inside it: it is as
 // high as `s` says, and as wide.
 template <class Pack>
-static void convolution(const float* x, const Pack& pack, int64_t count, const Window& s, Range rows,
-                        Range outputs, float* y) {
+static void convolution(const float* x, const Pack& pack, const After& after, int64_t count,
+                        const Window& s, Range rows, Range outputs, float* y) {
   const int64_t length = s.columns * s.channels, line = s.width * s.channels;
   over_panels(outputs, pack, [&](const auto& panels) {
     for (int64_t at = rows.begin; at < rows.end; ++at) {
       const int64_t top = at / s.out_rows * s.height + at % s.out_rows * s.stride_rows;
       const Runs in{x + top * line, s.stride_columns * s.channels, s.rows, length, line};
-      over_rows<kFloatRows>(Range{0, s.out_columns},
-                            float_tile(in, panels, count, y + at * s.out_columns * count));
+      float* to = y + at * s.out_columns * count;
+      const Outputs out{after, panels[0].first, count_of(panels), count, to};
+      over_rows<kFloatRows>(Range{0, s.out_columns}, float_tile(in, panels, count, to), out);
     }
   });
 }

@@ -97,47 +97,48 @@ constexpr int64_t kRowsOfBlock = 64;   // for which packing panels anew takes li
 
 // Rows by panels of floats that `pack(first)` makes.
 template <class Pool, class Pack>
-void run_packed(Pool& pool, const Floats& x, const Pack& pack, int64_t outputs, float* y) {
+void run_packed(Pool& pool, const Floats& x, const Pack& pack, const After& after, int64_t outputs,
+                float* y) {
   const int64_t work = kOfFloats * x.rows * x.inputs * outputs;
-  auto body = [&](Range m, Range n) { by_floats(x, pack, outputs, m, n, y); };
+  auto body = [&](Range m, Range n) { by_floats(x, pack, after, outputs, m, n, y); };
   over_blocks(pool, x.rows, kRowsOfBlock, outputs, work, body, kFloatStep);
 }
 
 template <class Pool>
 void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
-              const Int8Weights& w, float* y) {
+              const Int8Weights& w, const After& after, float* y) {
   const int64_t stride = round_up(inputs, kPair);
   const Rounded in = rounded(pool, x, rows, inputs, fixed, w.zero || kShift ? 1 : 0, stride);
   over_blocks(pool, rows, kInt8Rows, w.outputs, rows * inputs * w.outputs,
-              [&](Range m, Range n) { int8(in.view, w, m, n, y); });
+              [&](Range m, Range n) { int8(in.view, w, after, m, n, y); });
 }
 
 template <class Pool>
 void run_int8_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int8Weights& w,
-                    float* y) {
+                    const After& after, float* y) {
   Floats in = unpadded(x, rows, inputs);
   auto unpack = [&](int64_t first) { return int8_unpack(w, inputs, first); };
-  if (rows >= kManyFloatRows) return run_packed(pool, in, unpack, w.outputs, y);
+  if (rows >= kManyFloatRows) return run_packed(pool, in, unpack, after, w.outputs, y);
   const auto total = scratch<double>(w.zero ? rows : 0);
   for (int64_t m = 0; w.zero && m < rows; ++m) total[m] = total_of(x + m * inputs, inputs);
   in.total = total.get();
   over_blocks(pool, rows, rows, w.outputs, kOfFloats * rows * inputs * w.outputs,
-              [&](Range m, Range n) { int8_float(in, w, m, n, y); });
+              [&](Range m, Range n) { int8_float(in, w, after, m, n, y); });
 }
 
 template <class Pool>
 void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int4Weights& w,
-              float* y) {
+              const After& after, float* y) {
   const Rounded in = rounded(pool, x, rows, inputs, nullptr, w.groups, w.group);
   over_blocks(pool, rows, kInt8Rows, w.outputs, rows * inputs * w.outputs,
-              [&](Range m, Range n) { int4(in.view, w, m, n, y); });
+              [&](Range m, Range n) { int4(in.view, w, after, m, n, y); });
 }
 
 template <class Pool>
 void run_int4_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int4Weights& w,
-                    float* y) {
+                    const After& after, float* y) {
   auto unpack = [&](int64_t first) { return int4_unpack(w, inputs, first); };
-  run_packed(pool, unpadded(x, rows, inputs), unpack, w.outputs, y);
+  run_packed(pool, unpadded(x, rows, inputs), unpack, after, w.outputs, y);
 }
 
 template <class Pool>
@@ -156,7 +157,7 @@ void run_codebook_float(Pool& pool, const float* x, int64_t rows, int64_t inputs
                         float* y) {
   auto unpack = [&](int64_t first) { return codebook_unpack(w, inputs, first); };
   if (rows >= 2 * kManyFloatRows)  // entries take longer to look up than codes to widen
-    return run_packed(pool, unpadded(x, rows, inputs), unpack, w.outputs, y);
+    return run_packed(pool, unpadded(x, rows, inputs), unpack, After(), w.outputs, y);
   const Padded in = padded(x, rows, inputs);
   const int64_t work = kOfFloats * rows * inputs * w.outputs;
   over_ranges(pool, w.outputs, kGrain, work, [&](Range range) { codebook(in.view, w, range, y); });
@@ -164,9 +165,9 @@ void run_codebook_float(Pool& pool, const float* x, int64_t rows, int64_t inputs
 
 template <class Pool>
 void run_floats(Pool& pool, const float* x, int64_t rows, int64_t inputs, const FloatWeights& w,
-                float* y) {
+                const After& after, float* y) {
   auto pack = [&](int64_t first) { return float_pack(w, inputs, first); };
-  run_packed(pool, unpadded(x, rows, inputs), pack, w.outputs, y);
+  run_packed(pool, unpadded(x, rows, inputs), pack, after, w.outputs, y);
 }
 
 // The signs of rows of floats as bits, 1 where x >= 0; `width` bytes a row.
@@ -247,38 +248,42 @@ Padded with_edges(Pool& pool, const float* x, Window& s) {
 }
 
 template <class Pool, class Pack>
-void run_windows(Pool& pool, const float* x, const Pack& pack, int64_t outputs, Window s, float* y) {
+void run_windows(Pool& pool, const float* x, const Pack& pack, const After& after, int64_t outputs,
+                 Window s, float* y) {
   const int64_t rows = s.batch * s.out_rows;
   if (rows <= 0 || s.out_columns <= 0) return;
   const Padded in = with_edges(pool, x, s);
   const int64_t work = kOfFloats * rows * s.out_columns * s.rows * s.columns * s.channels * outputs;
   const int64_t many = kRowsOfBlock / s.out_columns + 1;
-  auto body = [&](Range m, Range n) { convolution(in.view.data, pack, outputs, s, m, n, y); };
+  auto body = [&](Range m, Range n) {
+    convolution(in.view.data, pack, after, outputs, s, m, n, y);
+  };
   over_blocks(pool, rows, many, outputs, work, body, kFloatStep);
 }
 
 template <class Pool>
-void run_convolution(Pool& pool, const float* x, const FloatWeights& w, const Window& s, float* y) {
+void run_convolution(Pool& pool, const float* x, const FloatWeights& w, const After& after,
+                     const Window& s, float* y) {
   const int64_t inputs = s.rows * s.columns * s.channels;
   auto pack = [&](int64_t first) { return float_pack(w, inputs, first); };
-  run_windows(pool, x, pack, w.outputs, s, y);
+  run_windows(pool, x, pack, after, w.outputs, s, y);
 }
 
 template <class Pool>
-void run_int8_convolution(Pool& pool, const float* x, const Int8Weights& w, const Window& s,
-                          float* y) {
+void run_int8_convolution(Pool& pool, const float* x, const Int8Weights& w, const After& after,
+                          const Window& s, float* y) {
   const int64_t inputs = s.rows * s.columns * s.channels;
   auto pack = [&](int64_t first) { return int8_unpack(w, inputs, first); };
-  run_windows(pool, x, pack, w.outputs, s, y);
+  run_windows(pool, x, pack, after, w.outputs, s, y);
 }
 
 template <class Pool>
-void run_depthwise(Pool& pool, const float* x, const float* kernel,
+void run_depthwise(Pool& pool, const float* x, const float* kernel, const After& after,
                    const Window& s, float* y) {
   const int64_t work =
       kOfFloats * s.batch * s.out_rows * s.out_columns * s.channels * s.rows * s.columns;
   over_ranges(pool, s.batch * s.out_rows, 1, work,
-              [&](Range range) { depthwise(x, kernel, s, range, y); });
+              [&](Range range) { depthwise(x, kernel, after, s, range, y); });
 }
 
 }  // namespace jopt

@@ -22,6 +22,10 @@ JOPT_INLINE F f_add(F a, F b) { return _mm256_add_ps(a, b); }
 JOPT_INLINE F f_sub(F a, F b) { return _mm256_sub_ps(a, b); }
 JOPT_INLINE F f_mul(F a, F b) { return _mm256_mul_ps(a, b); }
 JOPT_INLINE F f_fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+// `v` where it lies within bounds or is a NaN, which the second operand of both is let through.
+JOPT_INLINE F f_within(F v, float low, float high) {
+  return _mm256_min_ps(f_set(high), _mm256_max_ps(f_set(low), v));
+}
 JOPT_INLINE float f_sum(F v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));

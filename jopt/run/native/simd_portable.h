@@ -41,6 +41,10 @@ JOPT_INLINE F f_fma(F a, F b, F c) {
   for (int i = 0; i < 8; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;
 }
+JOPT_INLINE F f_within(F v, float low, float high) {
+  for (float& each : v.v) each = low > each ? low : high < each ? high : each;
+  return v;
+}
 JOPT_INLINE float f_sum(F v) {
   const float* p = v.v;
   return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));

@@ -15,6 +15,9 @@ JOPT_INLINE void wf_store(float* p, WF v) { _mm512_storeu_ps(p, v); }
 JOPT_INLINE WF wf_sub(WF a, WF b) { return _mm512_sub_ps(a, b); }
 JOPT_INLINE WF wf_mul(WF a, WF b) { return _mm512_mul_ps(a, b); }
 JOPT_INLINE WF wf_fma(WF a, WF b, WF c) { return _mm512_fmadd_ps(a, b, c); }
+JOPT_INLINE WF wf_within(WF v, float low, float high) {
+  return _mm512_min_ps(wf_set(high), _mm512_max_ps(wf_set(low), v));
+}
 JOPT_INLINE WF w_add(WF a, WF b) { return _mm512_add_ps(a, b); }
 JOPT_INLINE WI w_add(WI a, WI b) { return _mm512_add_epi32(a, b); }
 JOPT_INLINE WI wi_set(int32_t v) { return _mm512_set1_epi32(v); }
@@ -72,6 +75,9 @@ JOPT_INLINE WF wf_mul(WF a, WF b) {
 }
 JOPT_INLINE WF wf_fma(WF a, WF b, WF c) {
   return {{f_fma(a.half[0], b.half[0], c.half[0]), f_fma(a.half[1], b.half[1], c.half[1])}};
+}
+JOPT_INLINE WF wf_within(WF v, float low, float high) {
+  return {{f_within(v.half[0], low, high), f_within(v.half[1], low, high)}};
 }
 JOPT_INLINE WF w_add(WF a, WF b) {
   return {{f_add(a.half[0], b.half[0]), f_add(a.half[1], b.half[1])}};
