@@ -92,22 +92,26 @@ struct Rows {
 
 // What becomes of outputs, each part of it there or not.
 struct Ending {
-  std::vector<float> less, times, plus;
+  std::vector<float> less, times, plus, more;
   After after;
 
   Ending() = default;
-  explicit Ending(int64_t outputs) : less(normals(outputs)), times(normals(outputs)), plus(normals(outputs)) {
+  Ending(int64_t rows, int64_t outputs)
+      : less(normals(outputs)), times(normals(outputs)), plus(normals(outputs)),
+        more(normals(rows * outputs)) {
     if (pick(0, 3) == 0) return;
     if (pick(0, 1)) after.less = less.data();
     if (pick(0, 1)) after.times = times.data();
     if (pick(0, 1)) after.plus = plus.data();
+    if (pick(0, 1)) after.more = more.data();
     if (pick(0, 1)) after.low = normal() - 1;
     if (pick(0, 1)) after.high = std::fmax(after.low, normal() + 1);
   }
-  Sum operator()(Sum sum, int64_t n) const {
+  Sum operator()(Sum sum, int64_t at, int64_t n) const {
     if (after.less) sum.add(-(double)less[n]);
     if (after.times) sum = {sum.value * times[n], sum.size * std::fabs(times[n])};
     if (after.plus) sum.add(plus[n]);
+    if (after.more) sum.add(more[at]);
     return {std::fmin(after.high, std::fmax(after.low, sum.value)), sum.size};
   }
 };
@@ -121,7 +125,7 @@ static void expect(const char* what, const Rows& x, int64_t outputs, bool rounde
       Sum sum;
       for (int64_t i = 0; i < x.inputs; ++i)
         sum.add((rounded ? x.rounded(m, i) : x.data[m * x.inputs + i]) * weight(n, i));
-      sum = ending(sum, n);
+      sum = ending(sum, m * outputs + n, n);
       compare(what, y[m * outputs + n], sum.value, sum.size);
     }
 }
@@ -162,7 +166,7 @@ static void check_int8(Pool& pool, const Rows& x, int64_t outputs) {
       return (double)scale[n] * (codes[n * x.inputs + i] - (shifted ? zero[n] : 0.0f));
     };
     std::vector<float> y(x.rows * outputs);
-    const Ending ending(outputs);
+    const Ending ending(x.rows, outputs);
     run_int8(pool, x.data.data(), x.rows, x.inputs, nullptr, w, ending.after, y.data());
     expect("int8 x int8", x, outputs, true, y, weight, ending);
     run_int8_float(pool, x.data.data(), x.rows, x.inputs, w, ending.after, y.data());
@@ -196,7 +200,7 @@ static void check_int4(Pool& pool, const Rows& x, int64_t outputs) {
     const int64_t at = n * groups + i / group;
     return (double)scale[at] * (codes[n * inputs + i] - 8 - (shifted ? zero[at] : 0.0f));
   };
-  const Ending ending(outputs);
+  const Ending ending(x.rows, outputs);
   run_int4(pool, x.data.data(), x.rows, inputs, even, ending.after, y.data());
   expect("int4 x int8", x, outputs, true, y, level, ending);
   run_int4_float(pool, x.data.data(), x.rows, inputs, even, ending.after, y.data());
@@ -294,7 +298,7 @@ template <class Pool>
 static void check_floats(Pool& pool, const Rows& x, int64_t outputs) {
   const std::vector<float> kernel = normals(x.inputs * outputs);
   std::vector<float> y(x.rows * outputs);
-  const Ending ending(outputs);
+  const Ending ending(x.rows, outputs);
   run_floats(pool, x.data.data(), x.rows, x.inputs, {kernel.data(), outputs}, ending.after, y.data());
   expect("floats", x, outputs, false, y,
          [&](int64_t n, int64_t i) { return (double)kernel[i * outputs + n]; }, ending);
@@ -317,7 +321,7 @@ static void check_windows(Pool& pool, int kind) {
   const int64_t inputs = s.rows * s.columns * s.channels;
   std::vector<float> kernel = normals(inputs * (depthwise ? 1 : last));
   std::vector<float> y(s.batch * s.out_rows * s.out_columns * last);
-  const Ending ending(last);
+  const Ending ending(s.batch * s.out_rows * s.out_columns, last);
   if (depthwise)
     run_depthwise(pool, x.data(), kernel.data(), ending.after, s, y.data());
   else if (!coded)
@@ -353,7 +357,7 @@ static void check_windows(Pool& pool, int kind) {
               for (int64_t k = 0; !depthwise && k < s.channels; ++k)
                 sum.add((double)in[k] * weights[k * last + n]);
             }
-          sum = ending(sum, n);
+          sum = ending(sum, at, n);
           compare(depthwise ? "depthwise" : "convolution", y[at++], sum.value, sum.size);
         }
 }

@@ -30,6 +30,8 @@ OPERATIONS = {
     "clip": lambda y, numbers: jnp.clip(y, -0.25, 2.0),
     "jit": lambda y, numbers: jax.jit(lambda y: jnp.minimum(jax.nn.relu(y), 3.0))(y),
     "all at most": lambda y, numbers: jnp.minimum(y, numbers),
+    "residual": lambda y, numbers: y + jnp.sin(3 * jnp.arange(y.size)).reshape(y.shape),
+    "residual first": lambda y, numbers: jnp.cos(jnp.arange(y.size)).reshape(y.shape) + y,
     "half": lambda y, numbers: y * 0.5,
     "tanh": lambda y, numbers: jnp.tanh(y),
 }
@@ -92,6 +94,28 @@ def test_a_bias_and_a_relu_are_no_operations_of_their_own(kind, activations):
     nan = fast(prepared, x.at[1, 2].set(jnp.nan))
     assert jnp.isnan(nan[1]).all()
     assert not jnp.isnan(nan[0]).any()
+
+
+def test_residuals_and_two_products_that_are_added():
+    x = jax.random.normal(jax.random.key(0), (3, 64))
+    kernels = jax.random.normal(jax.random.key(1), (2, 64, 64)) / 8
+    one, other = (quant.quantize(kernel, KERNELS["int8"]) for kernel in kernels)
+    params = {"one": one, "other": other, "bias": jnp.linspace(-1.0, 1.0, 64)[None]}
+
+    def apply(params, x):
+        x = jax.nn.relu(x + (x @ params["one"] + params["bias"]))
+        return jax.nn.relu(x @ params["one"] + x @ params["other"])
+
+    prepared = run.prepare(apply, params, x)
+    fast = run.compressed(apply)
+    text = fast.lower(prepared, x).as_text()
+    assert not any(f"stablehlo.{name} " in text for name in ("add", "maximum"))
+    expected = apply(jopt.materialize(params), x)
+    chex.assert_trees_all_close(fast(prepared, x), expected, rtol=1e-5, atol=1e-5)
+    several = jnp.stack([x, -x])
+    outputs = jax.vmap(fast, (None, 0))(prepared, several)
+    expected = jnp.stack([apply(jopt.materialize(params), each) for each in several])
+    chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 class Normed(linen.Module):

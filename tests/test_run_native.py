@@ -1,6 +1,7 @@
 """Native kernels: figures of float64, under jit and vmap, and no byte read that is not theirs."""
 
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,20 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
     odd: dict[str, Any] = about | {"group": 48}
     more: dict[str, Any] = about | {"outputs": 17}
     table = jnp.ones((5, 16))
+    ends = [_native.After(**{name: jnp.ones(4)}) for name in ("less", "times", "plus")]
+    image, windows = x.reshape(1, 2, 7, 10), {"size": (1, 7), "strides": (1, 1), "padding": EDGES}
+    ended = [
+        partial(_native.int8_product, x, codes, scale, rounded=True),
+        partial(_native.int4_product, x, four, scales, **about),
+        partial(_native.floats_product, x, jnp.ones((70, 5))),
+        partial(_native.int8_convolution, image, codes, scale, **windows),
+        partial(_native.convolution, image, jnp.ones((2, 2, 10, 5)), (1, 1), EDGES),
+        partial(_native.depthwise, image, jnp.ones((2, 2, 10)), (1, 1), EDGES),
+    ]
+    for call in ended:
+        jax.block_until_ready(call())
     calls = [
+        *(partial(call, after=end) for call in ended for end in ends),
         lambda: _native.int8_product(x, codes[:, :-1], scale, rounded=True),
         lambda: _native.int8_product(x, codes[..., :8, :], scale, rounded=True),
         lambda: _native.int8_product(x, codes, jnp.ones(17), rounded=True),
@@ -208,7 +222,7 @@ def test_pruned_kernels_run_by_kernels(native):
     kernel[:, 7] = kernel[500:1100, 9] = 0
     params = {"first": jnp.asarray(kernel, jnp.float32)}
     linear = lambda params, x: x @ params["first"]  # noqa: E731
-    for rows in (1, 3, 17, 40):
+    for rows in (1, 3, 12, 17, 40):
         x = jnp.asarray(draw.normal(size=(rows, 1300)), jnp.float32)
         prepared = run.prepare(linear, params, x)
         assert isinstance(prepared["first"], run.SparseMatrix)

@@ -116,10 +116,12 @@ def compressed(apply: Apply, *, activations: str = "float") -> Callable[..., Any
     y = fast(prepare(apply, params, x), x) is `apply(materialize(params), x)`, the reference. Where
     a product, a convolution or a look-up of rows meets a leaf that `prepare` has laid out, codes
     are used as they are; elsewhere the leaf is restored within the program. Convolutions of floats
-    that XLA computes slowly on a CPU run in other ways. Which way is fastest is measured here, once
-    for each shape, and remembered (`JOPT_CACHE`, by default the user's cache folder; `JOPT_PROBE=0`
-    takes a fixed preference instead). Native kernels are compiled when first needed; without a
-    compiler, or with `JOPT_NATIVE=0`, XLA alone does everything.
+    that XLA computes slowly on a CPU run in other ways. What follows a product of most native
+    kernels and adds, multiplies by output or bounds (a bias, a batch norm, a residual, relu, relu6)
+    is computed with it. Which way is fastest is measured here, once for each shape, and remembered
+    (`JOPT_CACHE`, by default the user's cache folder; `JOPT_PROBE=0` takes a fixed preference
+    instead). Native kernels are compiled when first needed; without a compiler, or with
+    `JOPT_NATIVE=0`, XLA alone does everything.
 
     Differentiable in the arguments, and in scales and what else is floating-point, as the reference
     is: derivatives are those of the product of floats, straight through where inputs are rounded.

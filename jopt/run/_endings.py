@@ -1,4 +1,4 @@
-"""What follows a native product and is computed with it: biases, batch norms, bounds.
+"""What follows a native product and is computed with it: biases, batch norms, residuals, bounds.
 
 Such operations read every output once more, which takes as long as a small product. A native kernel
 does them to outputs that are still in the first level of the cache. A product is therefore held
@@ -63,12 +63,15 @@ class How(NamedTuple):
 
     def together(self, operands: Any, others: Any) -> Any:
         """Compute the product with what follows."""
-        less = times = plus = None
+        less = times = plus = more = None
         low, high = -math.inf, math.inf
         for step, other in zip(self.steps, others, strict=True):
             limits = bounds(step)
             if limits is not None:
                 low, high = (min(max(end, limits[0]), limits[1]) for end in (low, high))
+                continue
+            if not _is_by_output(other, other.shape):
+                more = other
                 continue
             numbers, name = other.reshape(-1), step.equation.primitive.name
             if name == "mul":
@@ -80,7 +83,7 @@ class How(NamedTuple):
                 less = numbers if less is None else less + numbers
             else:
                 plus = -numbers if plus is None else plus - numbers
-        return self.ended(*operands, After(less, times, plus, low, high))
+        return self.ended(*operands, After(less, times, plus, more, low, high))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -129,6 +132,11 @@ def bounds(step: Step) -> tuple[float, float] | None:
     return (low, high) if jaxpr.outvars[0] is at else None
 
 
+def _is_by_output(other: Any, shape: tuple[int, ...]) -> bool:
+    """Return whether an array has one number for each output, which all rows share."""
+    return jnp.shape(other) == (1,) * (len(shape) - 1) + shape[-1:]
+
+
 class Product(Pending):
     """A native product, and what follows it so far."""
 
@@ -144,6 +152,7 @@ class Product(Pending):
           others: the other input of each step, or None.
         """
         self.how, self.operands, self.aval, self.others = how, operands, aval, others
+        self._value: Any = None
 
     def then(self, equation: core.JaxprEqn, values: list[Any]) -> "Product | None":
         """Return this with an operation after it, or None where the two are computed apart."""
@@ -154,25 +163,32 @@ class Product(Pending):
         step = Step(equation, next(i for i, value in enumerate(values) if value is self))
         other = None
         if bounds(step) is None:
-            other = self._by_output(step, values)
+            other = self._added_or_scaled(step, values)
             if other is None:
                 return None
         how = self.how._replace(steps=(*self.how.steps, step))
         return Product(how, self.operands, self.aval, (*self.others, other))
 
-    def _by_output(self, step: Step, values: list[Any]) -> Any:
-        """Return what an operation adds to each output, or multiplies it by, if that is it."""
-        name = step.equation.primitive.name
+    def _added_or_scaled(self, step: Step, values: list[Any]) -> Any:
+        """Return what an operation adds to the outputs, or multiplies them by, if that is it."""
+        name, shape = step.equation.primitive.name, self.aval.shape
         known = name in ("add", "mul") or (name == "sub" and step.place == 0)
         if not known or len(values) != 2 or any(bounds(each) for each in self.how.steps):
             return None
-        other, shape = values[1 - step.place], self.aval.shape
-        if isinstance(other, Pending) or jnp.shape(other) != (1,) * (len(shape) - 1) + shape[-1:]:
+        other = values[1 - step.place]
+        if isinstance(other, Product):
+            other = other.value()
+        if jnp.result_type(other) != jnp.float32:
             return None
-        return other if jnp.result_type(other) == jnp.float32 else None
+        residual = any(not _is_by_output(each, shape) for each in self.others)
+        if _is_by_output(other, shape):
+            return None if residual and name == "mul" else other
+        return other if name == "add" and not residual and jnp.shape(other) == shape else None
 
     def value(self) -> Any:
-        """Compute it, with what follows."""
-        if not self.how.steps:
-            return self.how.plain(*self.operands)
-        return _together(self.how, self.operands, self.others)
+        """Compute it, with what follows, once."""
+        if self._value is None and self.how.steps:
+            self._value = _together(self.how, self.operands, self.others)
+        elif self._value is None:
+            self._value = self.how.plain(*self.operands)
+        return self._value

@@ -13,12 +13,13 @@ import numpy as np
 
 
 class After(NamedTuple):
-    """What becomes of the outputs of a product: `clip((y - less) * times + plus, low, high)`.
+    """What becomes of outputs: `clip((y - less) * times + plus + more, low, high)`.
 
     Attributes:
       less: `(outputs,)`, or None for 0.
       times: `(outputs,)`, or None for 1.
       plus: `(outputs,)`, or None for 0.
+      more: one for each output of each row, or None for 0.
       low: what outputs are at least.
       high: what they are at most.
     """
@@ -26,12 +27,15 @@ class After(NamedTuple):
     less: jax.Array | None = None
     times: jax.Array | None = None
     plus: jax.Array | None = None
+    more: jax.Array | None = None
     low: float = -math.inf
     high: float = math.inf
 
-    def operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return the arrays, empty ones for None."""
-        return _or_none(self.less, 0), _or_none(self.times, 0), _or_none(self.plus, 0)
+    def operands(self, shape: tuple[int, ...]) -> list[jax.Array]:
+        """Return the arrays for outputs of a shape, empty ones for None."""
+        by_output = [_or_none(array, 0) for array in (self.less, self.times, self.plus)]
+        more = None if self.more is None else self.more.reshape(shape)
+        return [*by_output, _or_none(more, *(0 for _ in shape))]
 
     def bounds(self) -> dict[str, Any]:
         """Return the attributes of a call."""
@@ -73,7 +77,7 @@ def int8_product(
       after: what becomes of the outputs.
     """
     shape = (x.shape[0], scale.shape[0])
-    arrays = codes, scale, _or_none(zero, 0), _or_none(fixed, 0), *after.operands()
+    arrays = codes, scale, _or_none(zero, 0), _or_none(fixed, 0), *after.operands(shape)
     return _call("int8", shape, x, *arrays, round=rounded, **after.bounds())
 
 
@@ -102,7 +106,7 @@ def int4_product(
     """
     shape = (x.shape[0], outputs)
     more = {"group": np.int64(group), "round": rounded} | after.bounds()
-    arrays = packed, scale, _or_none(zero, 0, 0, 0, 0), *after.operands()
+    arrays = packed, scale, _or_none(zero, 0, 0, 0, 0), *after.operands(shape)
     return _call("int4", shape, x, *arrays, **more)
 
 
@@ -150,7 +154,7 @@ def sparse_product(
 def floats_product(x: jax.Array, kernel: jax.Array, after: After = AS_IT_IS) -> jax.Array:
     """Multiply by floats; the kernel is `(inputs, outputs)`."""
     shape = (x.shape[0], kernel.shape[1])
-    return _call("floats", shape, x, kernel, *after.operands(), **after.bounds())
+    return _call("floats", shape, x, kernel, *after.operands(shape), **after.bounds())
 
 
 Pair = tuple[int, int]
@@ -227,4 +231,4 @@ def _windows(
     before = np.array([padding[0][0], padding[1][0]], np.int64)
     attributes |= {"strides": np.array(strides, np.int64), "padding": before} | after.bounds()
     shape = x.shape[0], *sizes, outputs
-    return _call(target, shape, x, *arrays, *after.operands(), **attributes)
+    return _call(target, shape, x, *arrays, *after.operands(shape), **attributes)

@@ -93,11 +93,14 @@ void over_leads(const Operand& y, const Run& run) {
 }
 
 // Calls run(index, rows) for each element of the batch, or once for all rows where the batch
-// shares everything but x.
+// shares everything but x and what has its rows.
 template <class Run>
-void over_batch(const Operand& x, const std::initializer_list<Operand>& shared, const Operand& y,
-                const Run& run) {
-  bool together = x.batch() == y.batch();
+void over_batch(const std::initializer_list<Operand>& by_row,
+                const std::initializer_list<Operand>& shared, const Operand& y, const Run& run) {
+  const Operand& x = *by_row.begin();
+  bool together = true;
+  for (const Operand& each : by_row)
+    together = together && (each.batch() == y.batch() || !each.core_size());
   for (const Operand& each : shared) together = together && each.batch() == 1;
   if (together) return run(Index(y.lead(), 0), y.batch() * x[0]);
   over_leads(y, [&](const Index& index) { run(index, x[0]); });
@@ -108,25 +111,32 @@ T* at(const Operand& operand, const Index& index) {
   return (T*)operand.at(index);
 }
 
-// What becomes of the outputs: each array is empty or has one number for each.
+// What becomes of the outputs y: each array is empty or has one number for each of the last axis, or
+// for each of all (`more`).
 struct Ending {
-  Operand less, times, plus;
+  Operand less, times, plus, more;
   float low, high;
 
-  ffi::Error fits(int64_t outputs) const {
+  ffi::Error fits(const Operand& y) const {
     for (const Operand& each : {less, times, plus})
-      if (each[0] && each[0] != outputs) return wrong(each.name, "be empty or (outputs)");
+      if (each[0] && each[0] != y[y.core - 1]) return wrong(each.name, "be empty or (outputs)");
+    for (size_t axis = 0; axis < y.core && more.core_size(); ++axis)
+      if (more[axis] != y[axis]) return wrong("more", "be empty or of the result's shape");
     return ffi::Error::Success();
   }
   After after(const Index& index) const {
-    auto numbers = [&](const Operand& of) { return of[0] ? (const float*)of.at(index) : nullptr; };
-    return {numbers(less), numbers(times), numbers(plus), low, high};
+    auto numbers = [&](const Operand& of) {
+      return of.core_size() ? (const float*)of.at(index) : nullptr;
+    };
+    return {numbers(less), numbers(times), numbers(plus), numbers(more), low, high};
   }
 };
 
-Ending ending(ffi::Buffer<ffi::F32> less, ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus,
-              float low, float high) {
-  return {operand("less", less, 1), operand("times", times, 1), operand("plus", plus, 1), low, high};
+using Numbers = ffi::Buffer<ffi::F32>;
+Ending ending(Numbers less, Numbers times, Numbers plus, Numbers more, float low, float high,
+              size_t core) {
+  return {operand("less", less, 1), operand("times", times, 1), operand("plus", plus, 1),
+          operand("more", more, core), low, high};
 }
 
 ffi::Error product(const Operand& x, int64_t inputs, int64_t outputs, const Operand& y) {
@@ -164,20 +174,22 @@ Int8Weights int8_weights(const Operand& codes, const Operand& scale, const Opera
 // zero and fixed may be empty.
 ffi::Error Int8(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::S8> codes_,
                 ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_,
-                ffi::Buffer<ffi::F32> fixed_, ffi::Buffer<ffi::F32> less, ffi::Buffer<ffi::F32> times,
-                ffi::Buffer<ffi::F32> plus, Out y_, bool round, float low, float high) {
+                ffi::Buffer<ffi::F32> fixed_, Numbers less, Numbers times, Numbers plus,
+                Numbers more, Out y_, bool round, float low, float high) {
   const Operand x = operand("x", x_, 2), codes = operand("codes", codes_, 4),
                 scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
                 fixed = operand("fixed", fixed_, 1), y = operand("y", *y_, 2);
-  const Ending end = ending(less, times, plus, low, high);
-  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, fixed, end.less, end.times, end.plus}, y));
+  const Ending end = ending(less, times, plus, more, low, high, y.core);
+  JOPT_RETURN_IF_WRONG(
+      checked({x, codes, scale, zero, fixed, end.less, end.times, end.plus, end.more}, y));
   const int64_t inputs = x[1];
   JOPT_RETURN_IF_WRONG(product(x, inputs, scale[0], y));
   JOPT_RETURN_IF_WRONG(int8_panels(codes, scale, zero, inputs));
   if (fixed[0] > 1) return wrong("fixed", "be empty or one number");
-  JOPT_RETURN_IF_WRONG(end.fits(scale[0]));
+  JOPT_RETURN_IF_WRONG(end.fits(y));
   Pool pool{threads};
-  over_batch(x, {codes, scale, zero, fixed, end.less, end.times, end.plus}, y, [&](const Index& index, int64_t rows) {
+  over_batch({x, end.more}, {codes, scale, zero, fixed, end.less, end.times, end.plus}, y,
+             [&](const Index& index, int64_t rows) {
     const Int8Weights w = int8_weights(codes, scale, zero, index);
     const float* in = at<float>(x, index);
     float* out = at<float>(y, index);
@@ -198,16 +210,16 @@ ffi::Error shares(int64_t group) {
 
 // zero may be empty.
 ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::U8> packed_,
-                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_, ffi::Buffer<ffi::F32> less,
-                ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_, int64_t group,
-                bool round, float low, float high) {
+                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_, Numbers less,
+                Numbers times, Numbers plus, Numbers more, Out y_, int64_t group, bool round,
+                float low, float high) {
   const Operand x = operand("x", x_, 2), packed = operand("packed", packed_, 4),
                 scale = operand("scale", scale_, 4), zero = operand("zero", zero_, 4),
                 y = operand("y", *y_, 2);
-  const Ending end = ending(less, times, plus, low, high);
-  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero, end.less, end.times, end.plus}, y));
+  const Ending end = ending(less, times, plus, more, low, high, y.core);
+  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero, end.less, end.times, end.plus, end.more}, y));
   const int64_t inputs = x[1], outputs = y[1];
-  JOPT_RETURN_IF_WRONG(end.fits(outputs));
+  JOPT_RETURN_IF_WRONG(end.fits(y));
   JOPT_RETURN_IF_WRONG(product(x, inputs, outputs, y));
   JOPT_RETURN_IF_WRONG(in_panels("packed", packed, round_up(inputs, kPair) / kPair * kBlock, outputs));
   JOPT_RETURN_IF_WRONG(shares(group));
@@ -219,7 +231,8 @@ ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<f
   if (!by_group(scale)) return wrong("scale", "be (panels, groups, 16, 1)");
   if (zeroed && !by_group(zero)) return wrong("zero", "be empty or (panels, groups, 16, 1)");
   Pool pool{threads};
-  over_batch(x, {packed, scale, zero, end.less, end.times, end.plus}, y, [&](const Index& index, int64_t rows) {
+  over_batch({x, end.more}, {packed, scale, zero, end.less, end.times, end.plus}, y,
+             [&](const Index& index, int64_t rows) {
     const Int4Weights w{at<uint8_t>(packed, index),
                         at<float>(scale, index),
                         zeroed ? at<float>(zero, index) : nullptr,
@@ -252,7 +265,7 @@ ffi::Error Codebook4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buf
   if (table[1] != 16 || (table[0] != 1 && table[0] != outputs))
     return wrong("table", "be (1 or outputs, 16)");
   Pool pool{threads};
-  over_batch(x, {packed, scale, table}, y, [&](const Index& index, int64_t rows) {
+  over_batch({x}, {packed, scale, table}, y, [&](const Index& index, int64_t rows) {
     const Codebook w{at<uint8_t>(packed, index),
                      packed[1],
                      scaled ? at<float>(scale, index) : nullptr,
@@ -276,7 +289,7 @@ ffi::Error Signs(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<
   if (bits[1] != (x[1] + 31) / 32 * 4) return wrong("bits", "be (outputs, whole words of inputs)");
   if (scale[0] != bits[0]) return wrong("scale", "be (outputs)");
   Pool pool{threads};
-  over_batch(x, {bits, scale}, y, [&](const Index& index, int64_t rows) {
+  over_batch({x}, {bits, scale}, y, [&](const Index& index, int64_t rows) {
     const BitWeights w{at<uint8_t>(bits, index), bits[1], at<float>(scale, index), bits[0]};
     run_signs(pool, at<float>(x, index), rows, x[1], w,
               at<float>(y, index));
@@ -294,7 +307,7 @@ ffi::Error Binary(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
   if (bits[1] != (x[1] + 31) / 32 * 4) return wrong("bits", "be (outputs, whole words of inputs)");
   if (scale[0] != bits[0]) return wrong("scale", "be (outputs)");
   Pool pool{threads};
-  over_batch(x, {bits, scale}, y, [&](const Index& index, int64_t rows) {
+  over_batch({x}, {bits, scale}, y, [&](const Index& index, int64_t rows) {
     const BitWeights w{at<uint8_t>(bits, index), bits[1], at<float>(scale, index), bits[0]};
     const auto signs = packed_signs(pool, at<float>(x, index), rows, x[1], bits[1]);
     run_binary(pool, signs.get(), nullptr, rows, x[1], w, at<float>(y, index));
@@ -317,7 +330,7 @@ ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
   if (columns[0] != values[0]) return wrong("columns", "be as many as the values");
   Pool pool{threads};
   bool right = true;
-  over_batch(x, {values, columns, starts}, y, [&](const Index& index, int64_t rows) {
+  over_batch({x}, {values, columns, starts}, y, [&](const Index& index, int64_t rows) {
     const SparseWeights w{at<float>(values, index),   columns.at(index), wide,
                           at<int32_t>(starts, index), outputs,           blocks, values[0]};
     right = run_sparse(pool, at<float>(x, index), rows, x[1], w,
@@ -329,19 +342,19 @@ ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
 }
 
 // By floats, as XLA's own products; the kernel is (inputs, outputs).
-ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                   ffi::Buffer<ffi::F32> kernel_, ffi::Buffer<ffi::F32> less,
-                   ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_, float low,
+ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::F32> kernel_,
+                   Numbers less, Numbers times, Numbers plus, Numbers more, Out y_, float low,
                    float high) {
   const Operand x = operand("x", x_, 2), kernel = operand("kernel", kernel_, 2),
                 y = operand("y", *y_, 2);
-  const Ending end = ending(less, times, plus, low, high);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus}, y));
-  JOPT_RETURN_IF_WRONG(end.fits(kernel[1]));
+  const Ending end = ending(less, times, plus, more, low, high, y.core);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus, end.more}, y));
+  JOPT_RETURN_IF_WRONG(end.fits(y));
   if (x[1] != kernel[0]) return wrong("x", "have as many inputs as the weights");
   if (y[0] != x[0] || y[1] != kernel[1]) return wrong("the result", "be (rows, outputs)");
   Pool pool{threads};
-  over_batch(x, {kernel, end.less, end.times, end.plus}, y, [&](const Index& index, int64_t rows) {
+  over_batch({x, end.more}, {kernel, end.less, end.times, end.plus}, y,
+             [&](const Index& index, int64_t rows) {
     const FloatWeights w{at<float>(kernel, index), kernel[1]};
     run_floats(pool, at<float>(x, index), rows, kernel[0], w, end.after(index), at<float>(y, index));
   });
@@ -365,15 +378,14 @@ ffi::Error over_windows(const Operand& x, int64_t rows, int64_t columns, const O
 }
 
 ffi::Error Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                       ffi::Buffer<ffi::F32> kernel_, ffi::Buffer<ffi::F32> less,
-                       ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_,
-                       ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding, float low,
-                       float high) {
+                       ffi::Buffer<ffi::F32> kernel_, Numbers less, Numbers times, Numbers plus,
+                       Numbers more, Out y_, ffi::Span<const int64_t> strides,
+                       ffi::Span<const int64_t> padding, float low, float high) {
   const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 4),
                 y = operand("y", *y_, 4);
-  const Ending end = ending(less, times, plus, low, high);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus}, y));
-  JOPT_RETURN_IF_WRONG(end.fits(kernel[3]));
+  const Ending end = ending(less, times, plus, more, low, high, y.core);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus, end.more}, y));
+  JOPT_RETURN_IF_WRONG(end.fits(y));
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels, outputs)");
   if (y[3] != kernel[3]) return wrong("the result", "have the kernel's outputs");
   Pool pool{threads};
@@ -387,16 +399,16 @@ ffi::Error Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
 // zero may be empty; the codes of an output are those of its window, row by row.
 ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
                            ffi::Buffer<ffi::S8> codes_, ffi::Buffer<ffi::F32> scale_,
-                           ffi::Buffer<ffi::F32> zero_, ffi::Buffer<ffi::F32> less,
-                           ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_,
-                           ffi::Span<const int64_t> size, ffi::Span<const int64_t> strides,
-                           ffi::Span<const int64_t> padding, float low, float high) {
+                           ffi::Buffer<ffi::F32> zero_, Numbers less, Numbers times, Numbers plus,
+                           Numbers more, Out y_, ffi::Span<const int64_t> size,
+                           ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding,
+                           float low, float high) {
   const Operand x = operand("x", x_, 4), codes = operand("codes", codes_, 4),
                 scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
                 y = operand("y", *y_, 4);
-  const Ending end = ending(less, times, plus, low, high);
-  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, end.less, end.times, end.plus}, y));
-  JOPT_RETURN_IF_WRONG(end.fits(scale[0]));
+  const Ending end = ending(less, times, plus, more, low, high, y.core);
+  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, end.less, end.times, end.plus, end.more}, y));
+  JOPT_RETURN_IF_WRONG(end.fits(y));
   if (size.size() != 2 || size[0] < 1 || size[1] < 1)
     return wrong("size", "be two numbers, at least 1");
   JOPT_RETURN_IF_WRONG(int8_panels(codes, scale, zero, size[0] * size[1] * x[3]));
@@ -411,15 +423,14 @@ ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
 }
 
 ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                     ffi::Buffer<ffi::F32> kernel_, ffi::Buffer<ffi::F32> less,
-                     ffi::Buffer<ffi::F32> times, ffi::Buffer<ffi::F32> plus, Out y_,
-                     ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding, float low,
-                     float high) {
+                     ffi::Buffer<ffi::F32> kernel_, Numbers less, Numbers times, Numbers plus,
+                     Numbers more, Out y_, ffi::Span<const int64_t> strides,
+                     ffi::Span<const int64_t> padding, float low, float high) {
   const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 3),
                 y = operand("y", *y_, 4);
-  const Ending end = ending(less, times, plus, low, high);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus}, y));
-  JOPT_RETURN_IF_WRONG(end.fits(kernel[2]));
+  const Ending end = ending(less, times, plus, more, low, high, y.core);
+  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus, end.more}, y));
+  JOPT_RETURN_IF_WRONG(end.fits(y));
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels)");
   if (y[3] != x[3]) return wrong("the result", "have x's channels");
   Pool pool{threads};
@@ -434,9 +445,10 @@ ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
 }  // namespace jopt
 
 #define JOPT_PRODUCT() ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
-#define JOPT_ENDED()                                                    \
-  Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()             \
-      .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+#define JOPT_ENDED()                                                            \
+  Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()                     \
+      .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()                \
+      .Ret<ffi::Buffer<ffi::F32>>()
 #define JOPT_BOUNDS() Attr<float>("low").Attr<float>("high")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt8, jopt::Int8,

@@ -125,16 +125,19 @@ struct SparseWeights {
   int64_t outputs, blocks, entries;
 };
 
-// What becomes of the outputs of a product before they are written: (y - less) * times + plus, within
-// bounds. A NaN stays one.
+// What becomes of the outputs of a product: (y - less) * times + plus + more, within bounds. A NaN
+// stays one.
 struct After {
   const float* less = nullptr;   // (outputs), or null for 0
   const float* times = nullptr;  // or null for 1
   const float* plus = nullptr;   // or null for 0
+  const float* more = nullptr;   // of the shape of the outputs, or null for 0
   float low = -std::numeric_limits<float>::infinity();
   float high = std::numeric_limits<float>::infinity();
 
-  bool none() const { return !less && !times && !plus && low == -high && std::isinf(high); }
+  bool none() const {
+    return !less && !times && !plus && !more && low == -high && std::isinf(high);
+  }
 };
 
 struct Window {

@@ -74,6 +74,7 @@ static void depthwise(const float* x, const float* kernel, const After& after, c
     const int64_t rows = least(s.rows, s.height - top) - skip;
     const float* image = x + at / s.out_rows * s.height * s.width * s.channels;
     float* out = y + at * s.out_columns * s.channels;
+    const Outputs outputs{after, 0, s.channels, s.channels, y, at * s.out_columns};
     for (int64_t column = 0; column < s.out_columns;) {
       const int64_t left = column * s.stride_columns - s.left;
       const int64_t cut = least(s.columns, left < 0 ? -left : 0);
@@ -81,7 +82,7 @@ static void depthwise(const float* x, const float* kernel, const After& after, c
       float* to = out + column * s.channels;
       if (rows <= 0 || columns <= 0) {
         std::memset(to, 0, s.channels * sizeof(float));
-        Outputs{after, 0, s.channels, s.channels, out}.end(column++, 1);
+        outputs.end(column++, 1);
         continue;
       }
       const float* in = image + ((top + skip) * s.width + left + cut) * s.channels;
@@ -104,7 +105,7 @@ static void depthwise(const float* x, const float* kernel, const After& after, c
       for (int64_t t = 0; whole < s.channels && t < count; ++t)
         window_tail(in + whole + t * s.stride_columns * s.channels, weights + whole, rows, columns,
                     s.channels, s.width, s.columns, s.channels - whole, to + whole + t * s.channels);
-      Outputs{after, 0, s.channels, s.channels, out}.end(column, count);
+      outputs.end(column, count);
       column += count;
     }
   }

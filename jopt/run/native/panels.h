@@ -23,37 +23,44 @@ JOPT_INLINE void put(WF values, int64_t count, float* y) {
   std::memcpy(y, all, count * sizeof(float));
 }
 
-// Ends some outputs of some rows, which were just written.
+// Ends some outputs of some rows, which were just written; `more` is what is added to the same rows.
 JOPT_APART void end_outputs(const After& after, int64_t first, int64_t count, int64_t rows,
-                            int64_t stride, float* y) {
+                            int64_t stride, const float* more, float* y) {
   int64_t n = 0;
   for (; n + kPanel <= count; n += kPanel) {
     const WF less = after.less ? wf_load(after.less + first + n) : wf_set(0);
     const WF times = after.times ? wf_load(after.times + first + n) : wf_set(1);
     const WF plus = after.plus ? wf_load(after.plus + first + n) : wf_set(0);
     for (int64_t row = 0; row < rows; ++row) {
-      float* at = y + row * stride + first + n;
-      wf_store(at, wf_within(wf_fma(wf_sub(wf_load(at), less), times, plus), after.low, after.high));
+      const int64_t at = row * stride + first + n;
+      WF value = wf_fma(wf_sub(wf_load(y + at), less), times, plus);
+      if (more) value = w_add(value, wf_load(more + at));
+      wf_store(y + at, wf_within(value, after.low, after.high));
     }
   }
   for (; n < count; ++n)
     for (int64_t row = 0; row < rows; ++row) {
-      float& at = y[row * stride + first + n];
-      if (after.less) at -= after.less[first + n];
-      if (after.times) at *= after.times[first + n];
-      if (after.plus) at += after.plus[first + n];
-      at = after.low > at ? after.low : after.high < at ? after.high : at;
+      const int64_t at = row * stride + first + n;
+      float value = y[at];
+      if (after.less) value -= after.less[first + n];
+      if (after.times) value *= after.times[first + n];
+      if (after.plus) value += after.plus[first + n];
+      if (more) value += more[at];
+      y[at] = after.low > value ? after.low : after.high < value ? after.high : value;
     }
 }
 
-// Which outputs tiles write, and what becomes of them.
+// Which outputs tiles write, and what becomes of them; `before` rows of y lie before the first.
 struct Outputs {
   const After& after;
   int64_t first, count, stride;
   float* y;
+  int64_t before = 0;
 
   JOPT_INLINE_MEMBER void end(int64_t row, int64_t rows) const {
-    if (!after.none()) end_outputs(after, first, count, rows, stride, y + row * stride);
+    if (after.none()) return;
+    const float* more = after.more ? after.more + (before + row) * stride : nullptr;
+    end_outputs(after, first, count, rows, stride, more, y + (before + row) * stride);
   }
 };
 
@@ -198,7 +205,7 @@ static void convolution(const float* x, const Pack& pack, const After& after, in
       const int64_t top = at / s.out_rows * s.height + at % s.out_rows * s.stride_rows;
       const Runs in{x + top * line, s.stride_columns * s.channels, s.rows, length, line};
       float* to = y + at * s.out_columns * count;
-      const Outputs out{after, panels[0].first, count_of(panels), count, to};
+      const Outputs out{after, panels[0].first, count_of(panels), count, y, at * s.out_columns};
       over_rows<kFloatRows>(Range{0, s.out_columns}, float_tile(in, panels, count, to), out);
     }
   });

@@ -66,7 +66,9 @@ struct Rows8 {
   static constexpr int kChains = 4;  // that hide the latency
   F sum = f_zero();
   JOPT_INLINE_MEMBER void add(const Rows8& other) { sum = f_add(sum, other.sum); }
-  JOPT_INLINE_MEMBER void add(float value, const float* x) { sum = f_fma(f_set(value), f_load(x), sum); }
+  JOPT_INLINE_MEMBER void add(float value, const float* x) {
+    sum = f_fma(f_set(value), f_load(x), sum);
+  }
 };
 template <int V>
 struct Rows16 {
