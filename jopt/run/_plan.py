@@ -26,6 +26,7 @@ NOT_LAID_OUT = "it is not laid out for products: see jopt.run.prepare"
 WINDOW = "of kernels with a window int8 codes alone are used, where native kernels run"
 RESTORED = "restoring it was measured to be faster"
 _WORTH = 0.95  # of the preferred way's time: less decides for another
+_WORTH_APART = 0.8  # the same, where the preferred way computes what follows with it
 
 
 class Choice(NamedTuple):
@@ -78,7 +79,8 @@ def fastest(name: str, forms: Sequence[Form], shapes: tuple[Any, ...], rows: int
         return preferred
     seconds = _probe.seconds_of(name, {form.name: form.product for form in forms}, shapes)
     best = min(forms, key=lambda form: seconds[form.name])
-    worth = seconds[best.name] <= _WORTH * seconds[preferred.name]
+    part = _WORTH if preferred.ended is None or best.ended is not None else _WORTH_APART
+    worth = seconds[best.name] <= part * seconds[preferred.name]
     return best if worth else preferred
 
 
@@ -255,13 +257,15 @@ def _float_conv(use: Use, equation: core.JaxprEqn, values: list[Any]) -> tuple[A
         return None, PLAIN_CONV
     shapes = _convolutions.Shapes(x.shape, kernel.shape, window)
     ways = _convolutions.ways_of(shapes)
-    forms = [Form(name, partial(way, shapes)) for name, way in ways.items()]
+    forms = []
+    for name, way in ways.items():
+        ended = _convolutions.ENDED.get(name)
+        ended = None if ended is None else partial(ended, shapes)
+        forms.append(Form(name, partial(way, shapes), ended=ended))
     form = fastest(f"convolution {shapes}", forms, (_aval(x), _aval(kernel)), 1)
     if form.name == PLAIN_CONV:
         return None, PLAIN_CONV
-    ended = _convolutions.ENDED.get(form.name)
-    ended = None if ended is None else partial(ended, shapes)
-    return _held_back(equation, form.product, ended, (x, kernel)), form.name
+    return _held_back(equation, form.product, form.ended, (x, kernel)), form.name
 
 
 def _gathered(equation: core.JaxprEqn, leaf: Any, indices: jax.Array) -> jax.Array | None:

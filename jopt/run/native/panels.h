@@ -108,10 +108,10 @@ struct Runs {
 JOPT_INLINE Runs one_run(const Floats& x) { return {x.data, x.stride, 1, x.inputs, 0}; }
 
 // T rows by W panels: a number that is spread over lanes serves them all.
-template <size_t W>
+template <int W>
 struct FloatTile {
   Runs x;
-  const std::array<FloatPanel, W>& panels;
+  const FloatPanel* panels;
   int64_t outputs;
   float* y;
 
@@ -120,36 +120,30 @@ struct FloatTile {
     const float* weights[W];
     const float* in[T];
     WF sum[T][W];
-    JOPT_UNROLL for (size_t w = 0; w < W; ++w) weights[w] = panels[w].weights.get();
+    JOPT_UNROLL for (int w = 0; w < W; ++w) weights[w] = panels[w].weights.get();
     JOPT_UNROLL for (int t = 0; t < T; ++t) {
       in[t] = x.data + (m + t) * x.stride;
-      JOPT_UNROLL for (size_t w = 0; w < W; ++w) sum[t][w] = wf_set(0);
+      JOPT_UNROLL for (int w = 0; w < W; ++w) sum[t][w] = wf_set(0);
     }
     for (int64_t run = 0; run < x.runs; ++run) {
       for (int64_t k = 0; k < x.length; ++k) {
         WF column[W];
-        JOPT_UNROLL for (size_t w = 0; w < W; ++w) {
+        JOPT_UNROLL for (int w = 0; w < W; ++w) {
           column[w] = wf_load(weights[w]);
           weights[w] += kPanel;
         }
         JOPT_UNROLL for (int t = 0; t < T; ++t) {
           const WF spread = wf_set(in[t][k]);
-          JOPT_UNROLL for (size_t w = 0; w < W; ++w)
+          JOPT_UNROLL for (int w = 0; w < W; ++w)
             sum[t][w] = wf_fma(column[w], spread, sum[t][w]);
         }
       }
       JOPT_UNROLL for (int t = 0; t < T; ++t) in[t] += x.jump;
     }
-    JOPT_UNROLL for (int t = 0; t < T; ++t) JOPT_UNROLL for (size_t w = 0; w < W; ++w)
+    JOPT_UNROLL for (int t = 0; t < T; ++t) JOPT_UNROLL for (int w = 0; w < W; ++w)
       put(sum[t][w], panels[w].count, y + (m + t) * outputs + panels[w].first);
   }
 };
-
-template <size_t W>
-JOPT_INLINE FloatTile<W> float_tile(const Runs& x, const std::array<FloatPanel, W>& panels,
-                                    int64_t outputs, float* y) {
-  return {x, panels, outputs, y};
-}
 
 constexpr int64_t kAheadRows = 12;  // no stream: rows lie apart
 
@@ -167,29 +161,46 @@ static FloatPanel float_pack(const FloatWeights& w, int64_t inputs, int64_t firs
   return panel;
 }
 
-template <size_t W>
-JOPT_INLINE int64_t count_of(const std::array<FloatPanel, W>& panels) {
-  return panels[W - 1].first + panels[W - 1].count - panels[0].first;
+constexpr int64_t kHeldFloats = 24576;  // of panels that are made together: they stay near
+
+// Calls body(panels) with some panels of the outputs after others, as many as stay near.
+template <class Pack, class Body>
+JOPT_INLINE void over_panels(Range outputs, int64_t inputs, const Pack& pack, const Body& body) {
+  const int64_t several = kHeldFloats / (inputs * kPanel + 1) / kFloatPanels * kFloatPanels;
+  const int64_t step = (several < kFloatPanels ? kFloatPanels : several) * kPanel;
+  for (int64_t from = outputs.begin; from < outputs.end; from += step) {
+    std::vector<FloatPanel> panels;
+    for (int64_t n = from; n < least(from + step, outputs.end); n += kPanel) panels.push_back(pack(n));
+    body(panels);
+  }
 }
 
-// Calls body(panels) for the outputs, as many panels together as sums fit in registers.
-template <class Pack, class Body>
-JOPT_INLINE void over_panels(Range outputs, const Pack& pack, const Body& body) {
-  int64_t n = outputs.begin;
+// Rows by panels, as many of these together as sums fit in registers; `before` rows of y lie before the
+// first.
+JOPT_INLINE void by_panels(const Runs& x, const std::vector<FloatPanel>& panels, const After& after,
+                           int64_t outputs, Range rows, float* y, int64_t before = 0) {
+  const FloatPanel* at = panels.data();
+  const FloatPanel* end = at + panels.size();
+  float* to = y + before * outputs;
   if constexpr (kFloatPanels == 2)
-    for (; n + kPanel < outputs.end; n += 2 * kPanel)
-      body(std::array<FloatPanel, 2>{pack(n), pack(n + kPanel)});
-  for (; n < outputs.end; n += kPanel) body(std::array<FloatPanel, 1>{pack(n)});
+    for (; at + 1 < end; at += 2)
+      over_rows<kFloatRows>(rows, FloatTile<2>{x, at, outputs, to},
+                            {after, at->first, kPanel + at[1].count, outputs, y, before});
+  for (; at < end; ++at)
+    over_rows<kFloatRows>(rows, FloatTile<1>{x, at, outputs, to},
+                          {after, at->first, at->count, outputs, y, before});
 }
+
+constexpr int64_t kRowsNear = 48;  // that go by all panels before the next: a multiple of kFloatRows
 
 // Rows by panels that `pack(first)` makes.
 template <class Pack>
-JOPT_INLINE void by_floats(const Floats& x, const Pack& pack, const After& after, int64_t count,
-                           Range rows, Range outputs, float* y) {
-  const Runs in = one_run(x);
-  over_panels(outputs, pack, [&](const auto& panels) {
-    const Outputs out{after, panels[0].first, count_of(panels), count, y};
-    over_rows<kFloatRows>(rows, float_tile(in, panels, count, y), out);
+static void by_floats(const Floats& x, const Pack& pack, const After& after, int64_t count,
+                      Range rows, Range outputs, float* y) {
+  over_panels(outputs, x.inputs, pack, [&](const std::vector<FloatPanel>& panels) {
+    const int64_t step = panels.size() > kFloatPanels ? kRowsNear : rows.end - rows.begin;
+    for (int64_t m = rows.begin; m < rows.end; m += step)
+      by_panels(one_run(x), panels, after, count, {m, least(m + step, rows.end)}, y);
   });
 }
 
@@ -200,13 +211,11 @@ template <class Pack>
 static void convolution(const float* x, const Pack& pack, const After& after, int64_t count,
                         const Window& s, Range rows, Range outputs, float* y) {
   const int64_t length = s.columns * s.channels, line = s.width * s.channels;
-  over_panels(outputs, pack, [&](const auto& panels) {
+  over_panels(outputs, s.rows * length, pack, [&](const std::vector<FloatPanel>& panels) {
     for (int64_t at = rows.begin; at < rows.end; ++at) {
       const int64_t top = at / s.out_rows * s.height + at % s.out_rows * s.stride_rows;
       const Runs in{x + top * line, s.stride_columns * s.channels, s.rows, length, line};
-      float* to = y + at * s.out_columns * count;
-      const Outputs out{after, panels[0].first, count_of(panels), count, y, at * s.out_columns};
-      over_rows<kFloatRows>(Range{0, s.out_columns}, float_tile(in, panels, count, to), out);
+      by_panels(in, panels, after, count, {0, s.out_columns}, y, at * s.out_columns);
     }
   });
 }

@@ -22,25 +22,36 @@ inline double total_of(const float* values, int64_t count) {
   return total;
 }
 
-// Rows rounded to int8, and the sums of every `group` codes of each; of none where there are no groups.
-template <class Pool>
-Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
-                int64_t groups, int64_t group) {
+// Room for rows rounded to int8, and for sums of their codes by groups, of which there may be none.
+inline Rounded room(int64_t rows, int64_t inputs, int64_t groups) {
   Rounded out;
   const int64_t stride = round_up(inputs, kPair);
   out.codes = scratch<int8_t>(rows * stride);
   out.scale = scratch<double>(rows);
   out.total = scratch<int32_t>(rows * groups);
-  over_ranges(pool, rows, 1, kOfRounding * rows * inputs, [&](Range range) {
-    for (int64_t m = range.begin; m < range.end; ++m) {
-      int8_t* codes = &out.codes[m * stride];
-      out.scale[m] = quantize(x + m * inputs, inputs, stride, fixed, codes);
-      for (int64_t g = 0; g < groups; ++g)
-        out.total[m * groups + g] =
-            sum_codes(codes + g * group, least((g + 1) * group, stride) - g * group);
-    }
-  });
   out.view = {out.codes.get(), out.scale.get(), out.total.get(), rows, inputs, stride};
+  return out;
+}
+
+// Rounds some rows; `group` codes are summed up together.
+inline void round_rows(const Rounded& out, const float* x, const float* fixed, int64_t groups,
+                       int64_t group, Range rows) {
+  const int64_t inputs = out.view.inputs, stride = out.view.stride;
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    int8_t* codes = &out.codes[m * stride];
+    out.scale[m] = quantize(x + m * inputs, inputs, stride, fixed, codes);
+    for (int64_t g = 0; g < groups; ++g)
+      out.total[m * groups + g] =
+          sum_codes(codes + g * group, least((g + 1) * group, stride) - g * group);
+  }
+}
+
+template <class Pool>
+Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
+                int64_t groups, int64_t group) {
+  Rounded out = room(rows, inputs, groups);
+  over_ranges(pool, rows, 1, kOfRounding * rows * inputs,
+              [&](Range range) { round_rows(out, x, fixed, groups, group, range); });
   return out;
 }
 
@@ -94,6 +105,13 @@ inline Floats unpadded(const float* x, int64_t rows, int64_t inputs) {
 constexpr int64_t kFloatStep = kFloatPanels * kPanel;  // outputs whose sums are added up together
 constexpr int64_t kManyFloatRows = 16;  // from which on panels of floats pay
 constexpr int64_t kRowsOfBlock = 64;   // for which packing panels anew takes little time
+constexpr int64_t kManyBlocks = 8;      // of rows for each thread
+
+// Whether rows alone are shared out: each thread then writes outputs that lie in one piece.
+template <class Pool>
+bool are_many(const Pool& pool, int64_t rows) {
+  return rows >= kManyBlocks * kRowsNear * pool.num_threads();
+}
 
 // Rows by panels of floats that `pack(first)` makes.
 template <class Pool, class Pack>
@@ -101,16 +119,38 @@ void run_packed(Pool& pool, const Floats& x, const Pack& pack, const After& afte
                 float* y) {
   const int64_t work = kOfFloats * x.rows * x.inputs * outputs;
   auto body = [&](Range m, Range n) { by_floats(x, pack, after, outputs, m, n, y); };
-  over_blocks(pool, x.rows, kRowsOfBlock, outputs, work, body, kFloatStep);
+  if (!are_many(pool, x.rows))
+    return over_blocks(pool, x.rows, kRowsOfBlock, outputs, work, body, kFloatStep);
+  over_ranges(pool, x.rows, kRowsNear, work, [&](Range m) { body(m, {0, outputs}); });
+}
+
+// Rounds rows, and calls body(view, rows, outputs) over blocks. Of many rows some are rounded, go by all
+// outputs, and then the next.
+template <class Pool, class Body>
+void over_rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
+                  int64_t groups, int64_t group, int64_t outputs, const Body& body) {
+  const int64_t work = rows * inputs * outputs;
+  if (!are_many(pool, rows)) {
+    const Rounded in = rounded(pool, x, rows, inputs, fixed, groups, group);
+    return over_blocks(pool, rows, kInt8Rows, outputs, work,
+                       [&](Range m, Range n) { body(in.view, m, n); });
+  }
+  const Rounded in = room(rows, inputs, groups);
+  over_ranges(pool, rows, kRowsNear, work, [&](Range range) {
+    for (int64_t m = range.begin; m < range.end; m += kRowsNear) {
+      const Range some{m, least(m + kRowsNear, range.end)};
+      round_rows(in, x, fixed, groups, group, some);
+      body(in.view, some, Range{0, outputs});
+    }
+  });
 }
 
 template <class Pool>
 void run_int8(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
               const Int8Weights& w, const After& after, float* y) {
-  const int64_t stride = round_up(inputs, kPair);
-  const Rounded in = rounded(pool, x, rows, inputs, fixed, w.zero || kShift ? 1 : 0, stride);
-  over_blocks(pool, rows, kInt8Rows, w.outputs, rows * inputs * w.outputs,
-              [&](Range m, Range n) { int8(in.view, w, after, m, n, y); });
+  over_rounded(pool, x, rows, inputs, fixed, w.zero || kShift ? 1 : 0, round_up(inputs, kPair),
+               w.outputs,
+               [&](const Codes8& in, Range m, Range n) { int8(in, w, after, m, n, y); });
 }
 
 template <class Pool>
@@ -129,9 +169,8 @@ void run_int8_float(Pool& pool, const float* x, int64_t rows, int64_t inputs, co
 template <class Pool>
 void run_int4(Pool& pool, const float* x, int64_t rows, int64_t inputs, const Int4Weights& w,
               const After& after, float* y) {
-  const Rounded in = rounded(pool, x, rows, inputs, nullptr, w.groups, w.group);
-  over_blocks(pool, rows, kInt8Rows, w.outputs, rows * inputs * w.outputs,
-              [&](Range m, Range n) { int4(in.view, w, after, m, n, y); });
+  over_rounded(pool, x, rows, inputs, nullptr, w.groups, w.group, w.outputs,
+               [&](const Codes8& in, Range m, Range n) { int4(in, w, after, m, n, y); });
 }
 
 template <class Pool>
