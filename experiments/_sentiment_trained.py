@@ -45,7 +45,7 @@ class Pruning(NamedTuple):
         return f"{self.sparsity:.0%}", f"{self.by}, taught"
 
 
-PRUNINGS = (Pruning(0.9, "movement"), Pruning(0.9, "magnitude"))
+PRUNINGS = (Pruning(0.9, "movement"),)
 
 
 def prunings() -> dict[str, Any]:

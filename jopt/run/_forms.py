@@ -246,8 +246,8 @@ def forms_of(matrix: Matrix, rounded: bool) -> list[Form]:
 
     Args:
       matrix: not a `TurnedMatrix`, but what is within it.
-      rounded: whether inputs are rounded to int8; then all ways but the last do so, and the last
-        is there for matrices that have none.
+      rounded: whether inputs may be rounded to int8; then ways that do so come first, and those
+        that do not may be faster still, or the only ones.
 
     Returns:
       At least one.
@@ -262,6 +262,8 @@ def forms_of(matrix: Matrix, rounded: bool) -> list[Form]:
         )
         if rounded and integers:
             forms.append(Form("XLA, int8 x int8", _xla_rounded))
+            if native_here() is None:
+                forms += [form._replace(few=0) for form in _native_forms(matrix, False)]
     return [*forms, Form(FLOATS, floats)]
 
 

@@ -125,9 +125,11 @@ def _measured(ways: Mapping[str, Callable[..., Any]], shapes: Sequence[Any]) -> 
         except Exception:  # noqa: BLE001  what does not compile or run here is not taken
             continue
     end = time.perf_counter() + _SECONDS * max(len(compiled), 1)
-    for _ in range(_ROUNDS):
+    for count in range(_ROUNDS):
         for name, run in compiled.items():
             found[name] = min(found[name], _turn(run))
+        if not count:
+            continue  # one turn may have been disturbed
         best = min(found.values())
         compiled = {name: run for name, run in compiled.items() if found[name] < _HOPELESS * best}
         if len(compiled) < 2 or time.perf_counter() > end:
