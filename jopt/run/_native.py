@@ -32,14 +32,17 @@ class After(NamedTuple):
     high: float = math.inf
 
     def operands(self, shape: tuple[int, ...]) -> list[jax.Array]:
-        """Return the arrays for outputs of a shape, empty ones for None."""
-        by_output = [_or_none(array, 0) for array in (self.less, self.times, self.plus)]
+        """Return the arrays that are there, for outputs of a shape."""
         more = None if self.more is None else self.more.reshape(shape)
-        return [*by_output, _or_none(more, *(0 for _ in shape))]
+        arrays = self.less, self.times, self.plus, more
+        return [array.astype(jnp.float32) for array in arrays if array is not None]
 
-    def bounds(self) -> dict[str, Any]:
-        """Return the attributes of a call."""
-        return {"low": np.float32(self.low), "high": np.float32(self.high)}
+    def attributes(self) -> dict[str, Any]:
+        """Return which arrays are there, by bits, and the bounds."""
+        arrays = self.less, self.times, self.plus, self.more
+        which = sum((array is not None) << place for place, array in enumerate(arrays))
+        bounds = {"low": np.float32(self.low), "high": np.float32(self.high)}
+        return {"which": np.int64(which)} | bounds
 
 
 AS_IT_IS = After()
@@ -78,7 +81,7 @@ def int8_product(
     """
     shape = (x.shape[0], scale.shape[0])
     arrays = codes, scale, _or_none(zero, 0), _or_none(fixed, 0), *after.operands(shape)
-    return _call("int8", shape, x, *arrays, round=rounded, **after.bounds())
+    return _call("int8", shape, x, *arrays, round=rounded, **after.attributes())
 
 
 def int4_product(
@@ -105,7 +108,7 @@ def int4_product(
       after: what becomes of the outputs.
     """
     shape = (x.shape[0], outputs)
-    more = {"group": np.int64(group), "round": rounded} | after.bounds()
+    more = {"group": np.int64(group), "round": rounded} | after.attributes()
     arrays = packed, scale, _or_none(zero, 0, 0, 0, 0), *after.operands(shape)
     return _call("int4", shape, x, *arrays, **more)
 
@@ -154,7 +157,7 @@ def sparse_product(
 def floats_product(x: jax.Array, kernel: jax.Array, after: After = AS_IT_IS) -> jax.Array:
     """Multiply by floats; the kernel is `(inputs, outputs)`."""
     shape = (x.shape[0], kernel.shape[1])
-    return _call("floats", shape, x, kernel, *after.operands(shape), **after.bounds())
+    return _call("floats", shape, x, kernel, *after.operands(shape), **after.attributes())
 
 
 Pair = tuple[int, int]
@@ -229,6 +232,6 @@ def _windows(
     ends = zip(x.shape[1:3], padding, size, strides, strict=True)
     sizes = [max(0, (side + sum(pad) - length) // step + 1) for side, pad, length, step in ends]
     before = np.array([padding[0][0], padding[1][0]], np.int64)
-    attributes |= {"strides": np.array(strides, np.int64), "padding": before} | after.bounds()
+    attributes |= {"strides": np.array(strides, np.int64), "padding": before} | after.attributes()
     shape = x.shape[0], *sizes, outputs
     return _call(target, shape, x, *arrays, *after.operands(shape), **attributes)

@@ -93,14 +93,11 @@ void over_leads(const Operand& y, const Run& run) {
 }
 
 // Calls run(index, rows) for each element of the batch, or once for all rows where the batch
-// shares everything but x and what has its rows.
+// shares everything but x, and what else has its rows lets it.
 template <class Run>
-void over_batch(const std::initializer_list<Operand>& by_row,
-                const std::initializer_list<Operand>& shared, const Operand& y, const Run& run) {
-  const Operand& x = *by_row.begin();
-  bool together = true;
-  for (const Operand& each : by_row)
-    together = together && (each.batch() == y.batch() || !each.core_size());
+void over_batch(const Operand& x, const std::initializer_list<Operand>& shared, const Operand& y,
+                bool together, const Run& run) {
+  together = together && x.batch() == y.batch();
   for (const Operand& each : shared) together = together && each.batch() == 1;
   if (together) return run(Index(y.lead(), 0), y.batch() * x[0]);
   over_leads(y, [&](const Index& index) { run(index, x[0]); });
@@ -111,33 +108,44 @@ T* at(const Operand& operand, const Index& index) {
   return (T*)operand.at(index);
 }
 
-// What becomes of the outputs y: each array is empty or has one number for each of the last axis, or
-// for each of all (`more`).
+#define JOPT_RETURN_IF_WRONG(expression)          \
+  if (ffi::Error error = (expression); error.failure()) return error
+
+// What becomes of the outputs y: arrays of one number for each of the last axis, or for each of all
+// (the fourth). Only those that are there are passed, as each operand of a call takes time.
 struct Ending {
-  Operand less, times, plus, more;
+  std::array<Operand, 4> arrays;
+  std::array<bool, 4> there{};
+  size_t count = 0;
   float low, high;
 
-  ffi::Error fits(const Operand& y) const {
-    for (const Operand& each : {less, times, plus})
-      if (each[0] && each[0] != y[y.core - 1]) return wrong(each.name, "be empty or (outputs)");
-    for (size_t axis = 0; axis < y.core && more.core_size(); ++axis)
-      if (more[axis] != y[axis]) return wrong("more", "be empty or of the result's shape");
-    return ffi::Error::Success();
+  // Reads operands; bit i of `which` says whether array i is among them.
+  ffi::Error read(const ffi::RemainingArgs& operands, int64_t which, const Operand& y) {
+    static constexpr const char* kNames[] = {"less", "times", "plus", "more"};
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      if (!(which >> i & 1)) continue;
+      const auto buffer = operands.get<ffi::Buffer<ffi::F32>>(count++);
+      if (!buffer.has_value()) return wrong(kNames[i], "be float32");
+      there[i] = true;
+      arrays[i] = operand(kNames[i], *buffer, i < 3 ? 1 : y.core);
+      JOPT_RETURN_IF_WRONG(checked({arrays[i]}, y));
+      for (size_t axis = 0; axis < arrays[i].core; ++axis)
+        if (arrays[i][axis] != y[y.core - arrays[i].core + axis])
+          return wrong(kNames[i], i < 3 ? "be (outputs)" : "be of the result's shape");
+    }
+    return count == operands.size() ? ffi::Error::Success() : wrong("arrays", "be as many as said");
+  }
+  // Whether all rows of a batch can be gone through at once.
+  bool together(const Operand& y) const {
+    for (size_t i = 0; i < arrays.size(); ++i)
+      if (there[i] && arrays[i].batch() != (i < 3 ? 1 : y.batch())) return false;
+    return true;
   }
   After after(const Index& index) const {
-    auto numbers = [&](const Operand& of) {
-      return of.core_size() ? (const float*)of.at(index) : nullptr;
-    };
-    return {numbers(less), numbers(times), numbers(plus), numbers(more), low, high};
+    auto numbers = [&](size_t i) { return there[i] ? (const float*)arrays[i].at(index) : nullptr; };
+    return {numbers(0), numbers(1), numbers(2), numbers(3), low, high};
   }
 };
-
-using Numbers = ffi::Buffer<ffi::F32>;
-Ending ending(Numbers less, Numbers times, Numbers plus, Numbers more, float low, float high,
-              size_t core) {
-  return {operand("less", less, 1), operand("times", times, 1), operand("plus", plus, 1),
-          operand("more", more, core), low, high};
-}
 
 ffi::Error product(const Operand& x, int64_t inputs, int64_t outputs, const Operand& y) {
   if (x[1] != inputs) return wrong("x", "have as many inputs as the weights");
@@ -145,9 +153,6 @@ ffi::Error product(const Operand& x, int64_t inputs, int64_t outputs, const Oper
   if (y[0] != x[0] || y[1] != outputs) return wrong("the result", "be (rows, outputs)");
   return ffi::Error::Success();
 }
-
-#define JOPT_RETURN_IF_WRONG(expression)          \
-  if (ffi::Error error = (expression); error.failure()) return error
 
 // Panels of words, (panels, words, 16, 4), for so many words and outputs.
 ffi::Error in_panels(const char* name, const Operand& panels, int64_t words, int64_t outputs) {
@@ -174,21 +179,21 @@ Int8Weights int8_weights(const Operand& codes, const Operand& scale, const Opera
 // zero and fixed may be empty.
 ffi::Error Int8(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::S8> codes_,
                 ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_,
-                ffi::Buffer<ffi::F32> fixed_, Numbers less, Numbers times, Numbers plus,
-                Numbers more, Out y_, bool round, float low, float high) {
+                ffi::Buffer<ffi::F32> fixed_, ffi::RemainingArgs ends, Out y_, bool round,
+                int64_t which, float low, float high) {
   const Operand x = operand("x", x_, 2), codes = operand("codes", codes_, 4),
                 scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
                 fixed = operand("fixed", fixed_, 1), y = operand("y", *y_, 2);
-  const Ending end = ending(less, times, plus, more, low, high, y.core);
   JOPT_RETURN_IF_WRONG(
-      checked({x, codes, scale, zero, fixed, end.less, end.times, end.plus, end.more}, y));
+      checked({x, codes, scale, zero, fixed}, y));
+  Ending end{{}, {}, 0, low, high};
+  JOPT_RETURN_IF_WRONG(end.read(ends, which, y));
   const int64_t inputs = x[1];
   JOPT_RETURN_IF_WRONG(product(x, inputs, scale[0], y));
   JOPT_RETURN_IF_WRONG(int8_panels(codes, scale, zero, inputs));
   if (fixed[0] > 1) return wrong("fixed", "be empty or one number");
-  JOPT_RETURN_IF_WRONG(end.fits(y));
   Pool pool{threads};
-  over_batch({x, end.more}, {codes, scale, zero, fixed, end.less, end.times, end.plus}, y,
+  over_batch(x, {codes, scale, zero, fixed}, y, end.together(y),
              [&](const Index& index, int64_t rows) {
     const Int8Weights w = int8_weights(codes, scale, zero, index);
     const float* in = at<float>(x, index);
@@ -210,16 +215,15 @@ ffi::Error shares(int64_t group) {
 
 // zero may be empty.
 ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::U8> packed_,
-                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_, Numbers less,
-                Numbers times, Numbers plus, Numbers more, Out y_, int64_t group, bool round,
-                float low, float high) {
+                ffi::Buffer<ffi::F32> scale_, ffi::Buffer<ffi::F32> zero_, ffi::RemainingArgs ends,
+                Out y_, int64_t group, bool round, int64_t which, float low, float high) {
   const Operand x = operand("x", x_, 2), packed = operand("packed", packed_, 4),
                 scale = operand("scale", scale_, 4), zero = operand("zero", zero_, 4),
                 y = operand("y", *y_, 2);
-  const Ending end = ending(less, times, plus, more, low, high, y.core);
-  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero, end.less, end.times, end.plus, end.more}, y));
+  JOPT_RETURN_IF_WRONG(checked({x, packed, scale, zero}, y));
+  Ending end{{}, {}, 0, low, high};
+  JOPT_RETURN_IF_WRONG(end.read(ends, which, y));
   const int64_t inputs = x[1], outputs = y[1];
-  JOPT_RETURN_IF_WRONG(end.fits(y));
   JOPT_RETURN_IF_WRONG(product(x, inputs, outputs, y));
   JOPT_RETURN_IF_WRONG(in_panels("packed", packed, round_up(inputs, kPair) / kPair * kBlock, outputs));
   JOPT_RETURN_IF_WRONG(shares(group));
@@ -231,7 +235,7 @@ ffi::Error Int4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<f
   if (!by_group(scale)) return wrong("scale", "be (panels, groups, 16, 1)");
   if (zeroed && !by_group(zero)) return wrong("zero", "be empty or (panels, groups, 16, 1)");
   Pool pool{threads};
-  over_batch({x, end.more}, {packed, scale, zero, end.less, end.times, end.plus}, y,
+  over_batch(x, {packed, scale, zero}, y, end.together(y),
              [&](const Index& index, int64_t rows) {
     const Int4Weights w{at<uint8_t>(packed, index),
                         at<float>(scale, index),
@@ -265,7 +269,7 @@ ffi::Error Codebook4(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buf
   if (table[1] != 16 || (table[0] != 1 && table[0] != outputs))
     return wrong("table", "be (1 or outputs, 16)");
   Pool pool{threads};
-  over_batch({x}, {packed, scale, table}, y, [&](const Index& index, int64_t rows) {
+  over_batch(x, {packed, scale, table}, y, true, [&](const Index& index, int64_t rows) {
     const Codebook w{at<uint8_t>(packed, index),
                      packed[1],
                      scaled ? at<float>(scale, index) : nullptr,
@@ -289,7 +293,7 @@ ffi::Error Signs(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<
   if (bits[1] != (x[1] + 31) / 32 * 4) return wrong("bits", "be (outputs, whole words of inputs)");
   if (scale[0] != bits[0]) return wrong("scale", "be (outputs)");
   Pool pool{threads};
-  over_batch({x}, {bits, scale}, y, [&](const Index& index, int64_t rows) {
+  over_batch(x, {bits, scale}, y, true, [&](const Index& index, int64_t rows) {
     const BitWeights w{at<uint8_t>(bits, index), bits[1], at<float>(scale, index), bits[0]};
     run_signs(pool, at<float>(x, index), rows, x[1], w,
               at<float>(y, index));
@@ -307,7 +311,7 @@ ffi::Error Binary(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
   if (bits[1] != (x[1] + 31) / 32 * 4) return wrong("bits", "be (outputs, whole words of inputs)");
   if (scale[0] != bits[0]) return wrong("scale", "be (outputs)");
   Pool pool{threads};
-  over_batch({x}, {bits, scale}, y, [&](const Index& index, int64_t rows) {
+  over_batch(x, {bits, scale}, y, true, [&](const Index& index, int64_t rows) {
     const BitWeights w{at<uint8_t>(bits, index), bits[1], at<float>(scale, index), bits[0]};
     const auto signs = packed_signs(pool, at<float>(x, index), rows, x[1], bits[1]);
     run_binary(pool, signs.get(), nullptr, rows, x[1], w, at<float>(y, index));
@@ -330,7 +334,7 @@ ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
   if (columns[0] != values[0]) return wrong("columns", "be as many as the values");
   Pool pool{threads};
   bool right = true;
-  over_batch({x}, {values, columns, starts}, y, [&](const Index& index, int64_t rows) {
+  over_batch(x, {values, columns, starts}, y, true, [&](const Index& index, int64_t rows) {
     const SparseWeights w{at<float>(values, index),   columns.at(index), wide,
                           at<int32_t>(starts, index), outputs,           blocks, values[0]};
     right = run_sparse(pool, at<float>(x, index), rows, x[1], w,
@@ -343,17 +347,16 @@ ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
 
 // By floats, as XLA's own products; the kernel is (inputs, outputs).
 ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::F32> kernel_,
-                   Numbers less, Numbers times, Numbers plus, Numbers more, Out y_, float low,
-                   float high) {
+                   ffi::RemainingArgs ends, Out y_, int64_t which, float low, float high) {
   const Operand x = operand("x", x_, 2), kernel = operand("kernel", kernel_, 2),
                 y = operand("y", *y_, 2);
-  const Ending end = ending(less, times, plus, more, low, high, y.core);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus, end.more}, y));
-  JOPT_RETURN_IF_WRONG(end.fits(y));
+  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  Ending end{{}, {}, 0, low, high};
+  JOPT_RETURN_IF_WRONG(end.read(ends, which, y));
   if (x[1] != kernel[0]) return wrong("x", "have as many inputs as the weights");
   if (y[0] != x[0] || y[1] != kernel[1]) return wrong("the result", "be (rows, outputs)");
   Pool pool{threads};
-  over_batch({x, end.more}, {kernel, end.less, end.times, end.plus}, y,
+  over_batch(x, {kernel}, y, end.together(y),
              [&](const Index& index, int64_t rows) {
     const FloatWeights w{at<float>(kernel, index), kernel[1]};
     run_floats(pool, at<float>(x, index), rows, kernel[0], w, end.after(index), at<float>(y, index));
@@ -378,14 +381,14 @@ ffi::Error over_windows(const Operand& x, int64_t rows, int64_t columns, const O
 }
 
 ffi::Error Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                       ffi::Buffer<ffi::F32> kernel_, Numbers less, Numbers times, Numbers plus,
-                       Numbers more, Out y_, ffi::Span<const int64_t> strides,
-                       ffi::Span<const int64_t> padding, float low, float high) {
+                       ffi::Buffer<ffi::F32> kernel_, ffi::RemainingArgs ends, Out y_,
+                       ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding,
+                       int64_t which, float low, float high) {
   const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 4),
                 y = operand("y", *y_, 4);
-  const Ending end = ending(less, times, plus, more, low, high, y.core);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus, end.more}, y));
-  JOPT_RETURN_IF_WRONG(end.fits(y));
+  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  Ending end{{}, {}, 0, low, high};
+  JOPT_RETURN_IF_WRONG(end.read(ends, which, y));
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels, outputs)");
   if (y[3] != kernel[3]) return wrong("the result", "have the kernel's outputs");
   Pool pool{threads};
@@ -399,16 +402,15 @@ ffi::Error Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
 // zero may be empty; the codes of an output are those of its window, row by row.
 ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
                            ffi::Buffer<ffi::S8> codes_, ffi::Buffer<ffi::F32> scale_,
-                           ffi::Buffer<ffi::F32> zero_, Numbers less, Numbers times, Numbers plus,
-                           Numbers more, Out y_, ffi::Span<const int64_t> size,
-                           ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding,
-                           float low, float high) {
+                           ffi::Buffer<ffi::F32> zero_, ffi::RemainingArgs ends, Out y_,
+                           ffi::Span<const int64_t> size, ffi::Span<const int64_t> strides,
+                           ffi::Span<const int64_t> padding, int64_t which, float low, float high) {
   const Operand x = operand("x", x_, 4), codes = operand("codes", codes_, 4),
                 scale = operand("scale", scale_, 1), zero = operand("zero", zero_, 1),
                 y = operand("y", *y_, 4);
-  const Ending end = ending(less, times, plus, more, low, high, y.core);
-  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero, end.less, end.times, end.plus, end.more}, y));
-  JOPT_RETURN_IF_WRONG(end.fits(y));
+  JOPT_RETURN_IF_WRONG(checked({x, codes, scale, zero}, y));
+  Ending end{{}, {}, 0, low, high};
+  JOPT_RETURN_IF_WRONG(end.read(ends, which, y));
   if (size.size() != 2 || size[0] < 1 || size[1] < 1)
     return wrong("size", "be two numbers, at least 1");
   JOPT_RETURN_IF_WRONG(int8_panels(codes, scale, zero, size[0] * size[1] * x[3]));
@@ -423,14 +425,14 @@ ffi::Error Int8Convolution(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
 }
 
 ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
-                     ffi::Buffer<ffi::F32> kernel_, Numbers less, Numbers times, Numbers plus,
-                     Numbers more, Out y_, ffi::Span<const int64_t> strides,
-                     ffi::Span<const int64_t> padding, float low, float high) {
+                     ffi::Buffer<ffi::F32> kernel_, ffi::RemainingArgs ends, Out y_,
+                     ffi::Span<const int64_t> strides, ffi::Span<const int64_t> padding,
+                     int64_t which, float low, float high) {
   const Operand x = operand("x", x_, 4), kernel = operand("kernel", kernel_, 3),
                 y = operand("y", *y_, 4);
-  const Ending end = ending(less, times, plus, more, low, high, y.core);
-  JOPT_RETURN_IF_WRONG(checked({x, kernel, end.less, end.times, end.plus, end.more}, y));
-  JOPT_RETURN_IF_WRONG(end.fits(y));
+  JOPT_RETURN_IF_WRONG(checked({x, kernel}, y));
+  Ending end{{}, {}, 0, low, high};
+  JOPT_RETURN_IF_WRONG(end.read(ends, which, y));
   if (kernel[2] != x[3]) return wrong("kernel", "be (rows, columns, channels)");
   if (y[3] != x[3]) return wrong("the result", "have x's channels");
   Pool pool{threads};
@@ -445,11 +447,8 @@ ffi::Error Depthwise(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_,
 }  // namespace jopt
 
 #define JOPT_PRODUCT() ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
-#define JOPT_ENDED()                                                            \
-  Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()                     \
-      .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()                \
-      .Ret<ffi::Buffer<ffi::F32>>()
-#define JOPT_BOUNDS() Attr<float>("low").Attr<float>("high")
+#define JOPT_ENDED() RemainingArgs().Ret<ffi::Buffer<ffi::F32>>()
+#define JOPT_BOUNDS() Attr<int64_t>("which").Attr<float>("low").Attr<float>("high")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptInt8, jopt::Int8,
                               JOPT_PRODUCT()
