@@ -161,7 +161,6 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     assert list(rows) == [
         ("32 bits", ""),
         ("90%", "movement, taught"),
-        ("90%", "magnitude, taught"),
         ("50% of units", "saliency, taught"),
         ("1 layers", "taught"),
     ]

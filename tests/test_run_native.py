@@ -169,7 +169,12 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
     odd: dict[str, Any] = about | {"group": 48}
     more: dict[str, Any] = about | {"outputs": 17}
     table = jnp.ones((5, 16))
-    ends = [_native.After(**{name: jnp.ones(4)}) for name in ("less", "times", "plus")]
+    four_numbers = jnp.ones(4)
+    ends = [
+        _native.After(less=four_numbers),
+        _native.After(times=four_numbers),
+        _native.After(plus=four_numbers),
+    ]
     image, windows = x.reshape(1, 2, 7, 10), {"size": (1, 7), "strides": (1, 1), "padding": EDGES}
     ended = [
         partial(_native.int8_product, x, codes, scale, rounded=True),
