@@ -172,15 +172,15 @@ def _convolution(shapes: Shapes, x: jax.Array, kernel: jax.Array, *after: After)
 
 
 _pointwise = partial(_by_matrix, _native.floats_product)
-NATIVE: dict[str, Way] = {
-    "native depthwise": _derived_from(shifted, _depthwise),
-    "native product of matrices": _derived_from(pointwise, _pointwise),
-    "native convolution": _derived_from(plain, _convolution),
-}
 ENDED: dict[str, Callable[..., jax.Array]] = {  # with what becomes of the outputs, last
     "native depthwise": _depthwise,
     "native product of matrices": _pointwise,
     "native convolution": _convolution,
+}
+_REFERENCES: tuple[Way, ...] = (shifted, pointwise, plain)  # of each, in XLA
+NATIVE: dict[str, Way] = {
+    name: _derived_from(reference, ENDED[name])
+    for name, reference in zip(ENDED, _REFERENCES, strict=True)
 }
 
 

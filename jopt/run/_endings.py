@@ -68,7 +68,7 @@ class How(NamedTuple):
         for step, other in zip(self.steps, others, strict=True):
             limits = bounds(step)
             if limits is not None:
-                low, high = (min(max(end, limits[0]), limits[1]) for end in (low, high))
+                low, high = _narrowed((low, high), limits)
                 continue
             if not _is_by_output(other, other.shape):
                 more = other
@@ -94,6 +94,12 @@ def _together(how: How, operands: Any, others: Any) -> Any:
 @_together.defjvp
 def _together_jvp(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return jax.jvp(how.apart, primals, tangents)
+
+
+def _narrowed(ends: tuple[float, float], limits: tuple[float, float]) -> tuple[float, float]:
+    """Return the bounds of what lies within some bounds, then within others."""
+    low, high = (min(max(end, limits[0]), limits[1]) for end in ends)
+    return low, high
 
 
 def _limits(name: str, number: Any) -> tuple[float, float] | None:
@@ -127,7 +133,7 @@ def bounds(step: Step) -> tuple[float, float] | None:
         limits = bounds(Step(each, places[0])) if len(places) == 1 else None
         if limits is None:
             return None
-        low, high = (min(max(end, limits[0]), limits[1]) for end in (low, high))
+        low, high = _narrowed((low, high), limits)
         at = each.outvars[0]
     return (low, high) if jaxpr.outvars[0] is at else None
 
