@@ -140,14 +140,20 @@ def unchanged(params: Tree) -> Tree:
     return params
 
 
-def written(tree: Tree, file: Path) -> tuple[int, Tree]:
-    """Write a tree to a file, check it, and return its bytes and what the file alone gives back."""
+def packed(tree: Tree, file: Path) -> tuple[int, Tree]:
+    """Write a tree to a file, check it, and return its bytes and what the file holds, in codes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     size = codec.save(file, tree)
     codec.verify(file, tree)
-    params = materialize(codec.load(file))
+    coded = codec.load(file)
     file.unlink()
-    return size, params
+    return size, coded
+
+
+def written(tree: Tree, file: Path) -> tuple[int, Tree]:
+    """Write a tree to a file, check it, and return its bytes and what the file alone gives back."""
+    size, coded = packed(tree, file)
+    return size, materialize(coded)
 
 
 def size(params: Tree) -> int:

@@ -153,6 +153,16 @@ class Run:
         length, count = self.settings.calibration_length, times * self.settings.calibration
         return _sentences.drawn_rows(self.tokenizer, self.texts, seed, length, count)
 
+    @cached_property
+    def rounding(self) -> Callable[[Tree, Array, Array], Array]:
+        """Return the classifier as `jopt.run` runs it, inputs of layers in 8 bits a token."""
+        return jopt.run.compressed(self.logits, activations="int8")
+
+    def laid_out(self, tree: Tree, predict: Any = None) -> Tree:
+        """Return a tree as `jopt.run` reads it; `predict` is another `(params, ids, real)`."""
+        ids = self.tokens["test"].ids[:1]
+        return jopt.run.prepare(predict or self.logits, tree, ids, np.ones(ids.shape, bool))
+
     def latencies(self, sides: Mapping[str, tuple[Any, Tree]], repeats: int) -> Latencies:
         """Time networks in turns on one sentence and on 64, of 32 tokens, in milliseconds.
 
@@ -195,7 +205,9 @@ class Scores:
         known = held.rows(seed, listed), held.facts(seed)
         self.rows = _rows.Rows(run.work / f"{part}-{seed}.json", SAME, *known)
 
-    def add(self, kind: str, form: str, method: str, make: Callable[[], Made]) -> None:
+    def add(
+        self, kind: str, form: str, method: str, make: Callable[[], Made], coded: bool = False
+    ) -> None:
         """Score a network that is not among the finished ones.
 
         Args:
@@ -203,13 +215,15 @@ class Scores:
           form: second.
           method: third.
           make: returns its tree, more figures, and what runs it if not the classifier.
+          coded: whether it runs on its codes, as `jopt.run` lays them out, and not on floats.
         """
         about = {"kind": kind, "form": form, "method": method}
 
         def measured() -> dict[str, Any]:
             tree, more, predict = make()
-            size, back = _compress.written(tree, self.run.work / f"packed-{self.seed}.jopt")
-            found = self.run.accuracies(back, predict)
+            size, back = _compress.packed(tree, self.run.work / f"packed-{self.seed}.jopt")
+            params = self.run.laid_out(back) if coded else jopt.materialize(back)
+            found = self.run.accuracies(params, predict)
             words = " ".join(about.values())
             validation = f"validation {found['validation']:.2%}"
             self.run.say(f"seed {self.seed}: {words}: {size:,} bytes, {validation}")
@@ -232,7 +246,7 @@ class Scores:
     def made(
         self, whole: Tree, made: Mapping[tuple[str, str, str], Callable[[], Made]]
     ) -> dict[str, tuple[Any, Tree]]:
-        """Return what `Run.latencies` takes, of the whole network and of others.
+        """Return what `Run.latencies` takes, of the whole network in XLA and of others in jopt.run.
 
         Args:
           whole: its parameters.
@@ -241,7 +255,8 @@ class Scores:
         sides: dict[str, Any] = {"float": (self.run.predict, whole)}
         for (_, form, method), make in made.items():
             tree, _, predict = make()
-            sides[f"{form}, {method}"] = predict, jopt.materialize(tree)
+            laid_out = self.run.laid_out(tree, predict)
+            sides[f"{form}, {method}"] = jopt.run.compressed(predict or self.run.logits), laid_out
         return sides
 
 

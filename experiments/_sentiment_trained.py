@@ -171,15 +171,15 @@ class Trained(Taught):
         scores = _sentiment_network.Scores(run, self.work.name, self.seed, held, LISTED)
         scores.add("float", "32 bits", "", lambda: (self.teacher, {}, None))
         ways = {"magnitude": self.by_magnitude, "movement": self.by_movement}
-        for how in PRUNINGS:
-            scores.add("pruned", *how.row, partial(ways[how.by], how.sparsity))
-        shapes: dict[tuple[str, str, str], Callable[[], Made]] = {
+        made: dict[tuple[str, str, str], Callable[[], Made]] = {
+            ("pruned", *how.row): partial(ways[how.by], how.sparsity) for how in PRUNINGS
+        } | {
             ("shrunk", f"{settings.units:.0%} of units", "saliency, taught"): self.fewer_units,
             ("shrunk", f"{len(settings.layers)} layers", "taught"): self.fewer_layers,
         }
-        for about, make in shapes.items():
+        for about, make in made.items():
             scores.add(*about, make)
-        return scores.measured(lambda: scores.made(self.teacher, shapes))
+        return scores.measured(lambda: scores.made(self.teacher, made))
 
 
 def smoke(settings: Settings) -> Settings:

@@ -47,9 +47,9 @@ class Settings:
     """Everything that decides the outcome, written into the results."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    calibrating: int = 6  # photos
-    calibrating_crops: int = 8  # views of each
-    crops: int = 8  # views of each of the other photos
+    calibrating: int = 10  # photos
+    calibrating_crops: int = 16  # views of each
+    crops: int = 16  # views of each of the other photos
     batch: int = 16
     max_rows: int = 2048  # of a layer's inputs in a batch, for statistics
 

@@ -32,7 +32,12 @@ def cache_folder() -> Path:
 
 
 def library(
-    name: str, main: Path, flags: tuple[str, ...], headers: str = "", version: str = ""
+    name: str,
+    main: Path,
+    flags: tuple[str, ...],
+    headers: str = "",
+    version: str = "",
+    shared: tuple[Path, ...] = (),
 ) -> tuple[Path, list[str]]:
     """Return the file that a library has or will have, and the command that makes it.
 
@@ -42,6 +47,7 @@ def library(
       flags: of the compiler, beyond those for a library of this machine.
       headers: a folder of further headers.
       version: of these.
+      shared: further sources, which lie elsewhere.
 
     Raises:
       Unavailable: there is no compiler.
@@ -53,7 +59,7 @@ def library(
     options = " ".join((*_FLAGS, *flags))
     for part in (words, machine, version.encode(), options.encode()):
         found.update(part + b"\0")
-    for file in sorted(main.parent.iterdir()):
+    for file in (*sorted(main.parent.iterdir()), *shared):
         if file.is_file():
             found.update(file.name.encode() + b"\0" + file.read_bytes())
     include = [f"-I{headers}"] if headers else []

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -35,6 +36,7 @@ from hypothesis import settings
 
 from jopt import run
 from jopt.codec import _native
+from jopt.prune import _natively
 from jopt.run import _build
 
 COMPILER = next(
@@ -83,30 +85,51 @@ def compiled_programs_are_forgotten():
     jax.clear_caches()
 
 
+@contextmanager
+def switched(*loads, **environment):
+    """Set variables of the environment, or take away those that are None, for what loads anew."""
+    before = {name: os.environ.get(name) for name in environment}
+
+    def put(values):
+        for name, value in values.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        for load in loads:
+            load.cache_clear()
+
+    put(environment)
+    yield
+    put(before)
+
+
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
     """Run native kernels, compiled into a folder of the tests' own; by default XLA does all."""
-    before = os.environ.pop("JOPT_NATIVE"), os.environ.get("JOPT_CACHE")
-    os.environ["JOPT_CACHE"] = str(tmp_path_factory.getbasetemp() / "native")
-    _build._loaded.cache_clear()
-    assert run.native_problem() is None
-    yield
-    os.environ["JOPT_NATIVE"] = before[0]
-    del os.environ["JOPT_CACHE"]
-    if before[1] is not None:
-        os.environ["JOPT_CACHE"] = before[1]
-    _build._loaded.cache_clear()
+    folder = str(tmp_path_factory.getbasetemp() / "native")
+    with switched(_build._loaded, JOPT_NATIVE=None, JOPT_CACHE=folder):
+        assert run.native_problem() is None
+        yield
 
 
 @pytest.fixture(scope="module")
 def native_codec():
     """Code files natively where there is a compiler, which is faster; by default NumPy does."""
-    before = os.environ["JOPT_NATIVE"]
-    os.environ["JOPT_NATIVE"] = "codec"
-    _native.load.cache_clear()
-    yield
-    os.environ["JOPT_NATIVE"] = before
-    _native.load.cache_clear()
+    with switched(_native.load, JOPT_NATIVE="codec"):
+        yield
+
+
+@pytest.fixture(
+    scope="module", params=["by counting", pytest.param("by kernel", marks=needs_compiler)]
+)
+def selection(request, tmp_path_factory):
+    """Mark the largest scores by counting in XLA, then by the native kernel."""
+    jax.clear_caches()
+    folder = str(tmp_path_factory.getbasetemp() / "native")
+    switch = None if request.param == "by kernel" else "0"
+    with switched(_natively._loaded, JOPT_NATIVE=switch, JOPT_CACHE=folder):
+        assert (_natively.problem() is None) == (request.param == "by kernel")
+        yield request.param
 
 
 @pytest.fixture

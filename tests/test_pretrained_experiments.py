@@ -145,17 +145,20 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
         ("W8A8", "a range for each token"),
         ("W8A8", "one range"),
         ("W8A8", "SmoothQuant"),
+        ("W8A8", "in jopt.run"),
+        ("W4A8", "AWQ, in jopt.run"),
         ("2:4", "Wanda"),
     ]
     whole = rows["32 bits", ""]
-    for name in ("a range for each token", "one range", "SmoothQuant"):
+    for name in ("a range for each token", "one range", "SmoothQuant", "in jopt.run"):
         row = rows["W8A8", name]
         assert abs(row["mean_test"] - whole["mean_test"]) <= 0.1
         assert row["bytes"][0] < whole["bytes"][0]
-    assert {name: set(each) for name, each in figures["latency_ms"].items()} == {
-        "float": {"1", "64"},
-        "W8A8": {"1", "64"},
-    }
+    four = [rows[name]["mean_test"] for name in (("W4", "RTN"), ("W4A8", "AWQ, in jopt.run"))]
+    assert abs(four[0] - four[1]) <= 0.1
+    timed = figures["latency_ms"]
+    assert list(timed) == ["float", "W8A8", "W4A8, AWQ", "80 %, SparseGPT"]
+    assert all(set(each) == {"1", "64"} for each in timed.values())
     figures = made["trained"]
     rows = {(row["form"], row["method"]): row for row in figures["rows"]}
     assert list(rows) == [
@@ -166,7 +169,7 @@ def test_sentiment_is_fine_tuned_and_compressed_after_training(folder, monkeypat
     ]
     whole = rows["32 bits", ""]["bytes"][0]
     assert all(row["bytes"][0] < whole for row in list(rows.values())[1:])
-    assert len(figures["latency_ms"]) == 3
+    assert list(figures["latency_ms"]) == ["float"] + [", ".join(row) for row in list(rows)[1:]]
     figures = made["students"]
     sizes = [row["bytes"][0] for row in figures["rows"]]
     assert [row["form"] for row in figures["rows"]] == ["32 bits", "1 layers", "small"]

@@ -36,17 +36,24 @@ class Seen(NamedTuple):
     greatest: Array
 
 
+def as_float32(scores: Array) -> Array:
+    """Return floats as float32, every denormal itself; float64 loses places."""
+    if scores.dtype != jnp.bfloat16:
+        return scores.astype(jnp.float32)
+    # The upper half of a float32; shifted here, as a conversion might flush denormals.
+    bits = lax.bitcast_convert_type(scores, jnp.int16).astype(jnp.int32) << 16
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def order_keys(scores: Array, dtype: jnp.dtype) -> Array:
     """Map floats to integers of the same order: NaN lowest, both zeros 0, every denormal itself.
 
     All on bits, since XLA on CPU flushes denormals to zero in float comparisons.
     """
     info = jnp.iinfo(dtype)
-    if scores.dtype == jnp.bfloat16:
-        # The upper half of a float32; shifted here, as a conversion might flush denormals.
-        bits = lax.bitcast_convert_type(scores, jnp.int16).astype(jnp.int32) << 16
-        scores = lax.bitcast_convert_type(bits, jnp.float32)
     wide = jnp.float64 if dtype == jnp.int64 else jnp.float32
+    if scores.dtype == jnp.bfloat16 or wide == jnp.float32:
+        scores = as_float32(scores)
     bits = lax.bitcast_convert_type(scores.astype(wide), dtype)
     magnitude = bits & info.max
     keys = jnp.where(bits < 0, -magnitude, magnitude)

@@ -1,8 +1,9 @@
 """Select exactly the `keep` largest scores of one array or of many, without sorting them.
 
-Scores become integers of the same order (their float bits), and the cut is found by counting: a
-sample brackets it, secant steps close in on it, and even splits make sure that it ends. Equal
-scores at the cut are shared out by the same search, run on positions instead of scores.
+On CPU a kernel does it where there is a compiler (`_natively`), and elsewhere XLA. There scores
+become integers of the same order (their float bits), and the cut is found by counting: a sample
+brackets it, secant steps close in on it, and even splits make sure that it ends. Equal scores at
+the cut are shared out by the same search, run on positions instead of scores.
 
 Counting, which is where the time goes, is in `_counting`.
 """
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jopt.prune._counting import Seen, count, firsts, order_keys
+from jopt.prune import _natively
+from jopt.prune._counting import Seen, as_float32, count, firsts, order_keys
 
 _SAMPLE = 1 << 14
 _FILLED_FROM, _FILLED_UP_TO = 1 << 12, 1 << 18
@@ -64,13 +66,14 @@ def keep_largest_of_leaf(scores: Array, keep: Array | int) -> Array:
     """Do what `keep_largest` does, compiled for few lengths instead of for every shape.
 
     A network may have fifty shapes, and each takes a second or two to compile. So leaves of up to
-    2^18 scores are filled up with NaN, which comes last, to the next power of two.
+    2^18 scores are filled up with NaN, which comes last, to the next power of two. The kernel takes
+    any length as it is.
 
     Example:
         >>> keep_largest_of_leaf(jnp.array([[0.5, 2.0], [jnp.nan, -1.0]]), 3).tolist()
         [[True, True], [False, True]]
     """
-    if not 0 < scores.size <= _FILLED_UP_TO:
+    if not 0 < scores.size <= _FILLED_UP_TO or _natively.problem() is None:
         return keep_largest(scores, keep)
     length = max(_FILLED_FROM, 1 << (scores.size - 1).bit_length())
     filled = jnp.pad(scores.reshape(-1), (0, length - scores.size), constant_values=jnp.nan)
@@ -113,12 +116,26 @@ def keep_largest_global(scores_leaves: Sequence[Array], keep: Array | int) -> li
     if size == 0:
         return [jnp.zeros(leaf.shape, bool) for leaf in leaves]
     flats = [leaf.reshape(-1) for leaf in leaves]
-    threshold, last = _find_cut(flats, jnp.clip(keep, 0, size).astype(jnp.int32))
+    keep = jnp.clip(keep, 0, size).astype(jnp.int32)
+    if any(flat.dtype == jnp.float64 for flat in flats) or _natively.problem():
+        masks = _by_counting(keep, *flats)
+    else:
+        singles = map(as_float32, flats)
+        masks = lax.platform_dependent(keep, *singles, cpu=_by_kernel, default=_by_counting)
+    return [mask.reshape(leaf.shape) for mask, leaf in zip(masks, leaves, strict=True)]
+
+
+def _by_kernel(keep: Array, *flats: Array) -> list[Array]:
+    return list(_natively.keep_largest(flats, keep))
+
+
+def _by_counting(keep: Array, *flats: Array) -> list[Array]:
+    threshold, last = _find_cut(list(flats), keep)
     masks = []
-    for leaf, flat, first in zip(leaves, flats, firsts(flats), strict=True):
+    for flat, first in zip(flats, firsts(flats), strict=True):
         keys = order_keys(flat, threshold.dtype)
         tie = (keys == threshold) & (first - lax.iota(threshold.dtype, flat.size) >= last)
-        masks.append(((keys > threshold) | tie).reshape(leaf.shape))
+        masks.append((keys > threshold) | tie)
     return masks
 
 

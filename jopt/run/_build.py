@@ -4,14 +4,14 @@ Without a compiler everything else works; `problem` says what is missing.
 """
 
 import ctypes
-import os
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
-from jopt._compiling import SWITCH, Unavailable, compiled, library
+from jopt._compiling import library
+from jopt._ffi import load
 
 TARGETS = (
     "int8",
@@ -26,7 +26,6 @@ TARGETS = (
     "depthwise",
 )
 _MAIN = Path(__file__).parent / "native" / "bindings.cc"
-_OFF = ("0", "codec")
 
 
 def file_and_command() -> tuple[Path, list[str]]:
@@ -37,16 +36,9 @@ def file_and_command() -> tuple[Path, list[str]]:
 @cache
 def _loaded() -> ctypes.CDLL | str:
     """Return the library, its products registered with XLA, or why there is none."""
-    if (switch := os.environ.get(SWITCH, "1")) in _OFF:
-        return f"{SWITCH} is {switch}"
-    try:
-        found = ctypes.CDLL(str(compiled(*file_and_command())))
-    except (Unavailable, OSError) as error:
-        return str(error)
-    for name in TARGETS:
-        function = getattr(found, f"Jopt{name.capitalize()}")
-        jax.ffi.register_ffi_target(f"jopt_{name}", jax.ffi.pycapsule(function), platform="cpu")
-    found.jopt_instructions.restype = ctypes.c_char_p
+    found = load(file_and_command, TARGETS)
+    if not isinstance(found, str):
+        found.jopt_instructions.restype = ctypes.c_char_p
     return found
 
 
