@@ -16,6 +16,7 @@ SWITCH = "JOPT_NATIVE"
 """0: nothing native; codec: files alone; portable: for any machine."""
 
 CACHE = "JOPT_CACHE"
+_SHARED = Path(__file__).parent / "native"
 _FLAGS = ("-std=c++17", "-fPIC", "-shared", "-w")
 _SECONDS = 600
 
@@ -37,17 +38,16 @@ def library(
     flags: tuple[str, ...],
     headers: str = "",
     version: str = "",
-    shared: tuple[Path, ...] = (),
 ) -> tuple[Path, list[str]]:
     """Return the file that a library has or will have, and the command that makes it.
 
     Args:
       name: what the file's name begins with.
-      main: the C++ file to compile; all files beside it count as its sources.
+      main: the C++ file to compile; all files beside it, and those in `jopt/native`, count as its
+        sources.
       flags: of the compiler, beyond those for a library of this machine.
       headers: a folder of further headers.
       version: of these.
-      shared: further sources, which lie elsewhere.
 
     Raises:
       Unavailable: there is no compiler.
@@ -59,7 +59,7 @@ def library(
     options = " ".join((*_FLAGS, *flags))
     for part in (words, machine, version.encode(), options.encode()):
         found.update(part + b"\0")
-    for file in (*sorted(main.parent.iterdir()), *shared):
+    for file in (*sorted(main.parent.iterdir()), *sorted(_SHARED.iterdir())):
         if file.is_file():
             found.update(file.name.encode() + b"\0" + file.read_bytes())
     include = [f"-I{headers}"] if headers else []

@@ -2,45 +2,13 @@
 // test_prune_natively.py: arrays are exactly as long as they are said to be.
 
 #include "select.h"
+#include "pools.h"
 
 #include <cstdio>
 #include <numeric>
 #include <random>
 
 using namespace jopt;
-
-struct Serial {
-  int64_t num_threads() const { return 1; }
-  template <class F>
-  void Schedule(F&& f) {
-    f();
-  }
-};
-
-// Tasks that run late, or never until the end: a caller that waited for them would hang.
-struct Late {
-  std::vector<std::function<void()>> tasks;
-  int64_t num_threads() const { return 3; }
-  template <class F>
-  void Schedule(F&& f) {
-    tasks.push_back(std::forward<F>(f));
-  }
-  ~Late() {
-    for (auto& task : tasks) task();
-  }
-};
-
-struct Threads {
-  std::vector<std::thread> threads;
-  int64_t num_threads() const { return 3; }
-  template <class F>
-  void Schedule(F&& f) {
-    threads.emplace_back(std::forward<F>(f));
-  }
-  ~Threads() {
-    for (auto& thread : threads) thread.join();
-  }
-};
 
 static std::mt19937 source(1);
 static int64_t pick(int64_t low, int64_t high) {

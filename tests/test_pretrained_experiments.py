@@ -343,6 +343,18 @@ def test_experiments_without_their_packages_say_what_to_install(monkeypatch, fol
             module.main(["--smoke", "--out", str(folder / "out"), *arguments])
 
 
+SAID = {
+    ("90%", "movement, taught"): ("90 % of all weights", "movement, taught"),
+    ("50% of units", "saliency, taught"): ("half of the units", "saliency, taught"),
+    ("4 layers", "taught"): ("4 layers of 6", "taught"),
+}
+TIMED = {
+    ("32 bits", ""): "float",
+    ("W8A8", "in jopt.run"): "W8A8",
+    ("W4A8", "AWQ, in jopt.run"): "W4A8, AWQ",
+}
+
+
 def test_every_pretrained_network_of_the_readme_is_in_the_results():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -365,11 +377,18 @@ def test_every_pretrained_network_of_the_readme_is_in_the_results():
     for row in figures("language_model")["distill"]["rows"]:
         line = f"| {row['how']} | {row['parameters']:,} | {row['mean_test']:.2f} | "
         assert f"{line}{np.mean(row['surprise']):.3f} |" in readme
-    sentiment_parts = figures("sentiment")
-    for row in sentiment_parts["after"]["rows"]:
-        line = f"| {row['form']} | {row['method'] or '-'} | {np.mean(row['bytes']):,.0f} | "
-        assert f"{line}{100 * row['mean_test']:.2f} % |" in readme
-    for row in sentiment_parts["students"]["rows"]:
-        line = f"| {row['form']} | {row['method'] or '-'} | {np.mean(row['bytes']):,.0f} | "
-        line += f"{100 * row['mean_test']:.2f} % "
-        assert f"{line}({100 * min(row['test']):.2f} to {100 * max(row['test']):.2f}) |" in readme
+    for part, made in figures("sentiment").items():
+        timed = made["latency_ms"]
+        for row in made["rows"]:
+            form, method = row["form"], row["method"]
+            name = SAID.get((form, method), (form, method or "-"))
+            line = f"| {' | '.join(name)} | {np.mean(row['bytes']):,.0f} | "
+            line += f"{100 * row['mean_test']:.2f} % "
+            line += f"({100 * min(row['test']):.2f} to {100 * max(row['test']):.2f}) | "
+            side = TIMED.get((form, method), f"{form}, {method}")
+            faster = (
+                [f"{timed['float'][key] / timed[side][key]:.2f}x" for key in ("1", "64")]
+                if (side in timed)
+                else ["-", "-"]
+            )
+            assert f"{line}{' | '.join(faster)} |" in readme, part

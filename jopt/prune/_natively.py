@@ -17,13 +17,10 @@ from jopt._compiling import library
 from jopt._ffi import load
 
 _MAIN = Path(__file__).parent / "native" / "select.cc"
-_FURTHER = Path(__file__).parents[1] / "run" / "native"
 
 
 def _file_and_command() -> tuple[Path, list[str]]:
-    further = tuple(_FURTHER / name for name in ("common.h", "parallel.h"))
-    headers = jax.ffi.include_dir()
-    return library("select", _MAIN, ("-O3",), headers, version("jaxlib"), further)
+    return library("select", _MAIN, ("-O3",), jax.ffi.include_dir(), version("jaxlib"))
 
 
 @cache

@@ -3,8 +3,8 @@
 #include <string>
 #include <tuple>
 
+#include "../../native/pool.h"
 #include "select.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
@@ -14,22 +14,6 @@ namespace {
 ffi::Error wrong(const std::string& words) {
   return ffi::Error::InvalidArgument("jopt: " + words + ".");
 }
-
-struct Pool {
-  ffi::ThreadPool& pool;
-  int64_t num_threads() const { return pool.num_threads(); }
-  template <class F>
-  void Schedule(F&& function) {
-    pool.Schedule(std::forward<F>(function));
-  }
-};
-
-// For selections that run side by side.
-struct Alone {
-  int64_t num_threads() const { return 1; }
-  template <class F>
-  void Schedule(F&&) {}
-};
 
 // An operand whose leading axes run over selections, each of them equal to the result's or 1.
 struct Array {

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../../run/native/parallel.h"
+#include "../../native/threads.h"
 
 namespace jopt {
 

@@ -4,8 +4,8 @@
 #include <initializer_list>
 #include <string>
 
+#include "../../native/pool.h"
 #include "run.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
@@ -55,15 +55,6 @@ Operand operand(const char* name, const Buffer& buffer, size_t core) {
 ffi::Error wrong(const char* name, const std::string& rule) {
   return ffi::Error::InvalidArgument(std::string("jopt: ") + name + " must " + rule + ".");
 }
-
-struct Pool {
-  ffi::ThreadPool& pool;
-  int64_t num_threads() const { return pool.num_threads(); }
-  template <class F>
-  void Schedule(F&& function) {
-    pool.Schedule(std::forward<F>(function));
-  }
-};
 
 // Ranks, leading axes and alignment; x is the first operand, y the result.
 ffi::Error checked(const std::initializer_list<Operand>& operands, const Operand& y) {

@@ -1,23 +1,8 @@
-// What every kernel needs: the arguments of each, ranges of outputs, rounding up, prefetch.
+// What every kernel needs: the arguments of each, ranges of outputs, prefetch.
 #pragma once
 
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <condition_variable>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <limits>
-#include <memory>
-#include <mutex>
-#include <new>
-#include <thread>
-#include <utility>
-#include <vector>
+#include "../../native/threads.h"
 
-#define JOPT_INLINE static inline __attribute__((always_inline))
 #define JOPT_INLINE_MEMBER inline __attribute__((always_inline))
 #define JOPT_APART static __attribute__((noinline))  // compiled once for all who call it
 #define JOPT_UNROLL _Pragma("GCC unroll 16")
@@ -28,28 +13,12 @@ namespace jopt {
 constexpr int64_t kBytes = 32;  // a step over int8 codes, in every instruction set
 constexpr int64_t kFloats = 8;  // a step over floats
 constexpr int64_t kPair = 64;   // 4-bit codes in a step over 32 packed bytes
-constexpr int64_t kLine = 64;   // bytes of a line of the cache
 constexpr int64_t kPanel = 16;  // outputs that lie side by side
 constexpr int64_t kWord = 4;    // bytes of an output that lie together: a float, or codes
 constexpr int64_t kBlock = kPair / 2 / kWord;  // words of a block of 64 4-bit codes
 
-JOPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-JOPT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Asks for what is read next: the same place in the rows that follow, which lie in one piece.
 JOPT_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
-
-// Memory that is not set, from the beginning of a cache line on: vectors that lie across two of them
-// take twice as long to read.
-struct Release {
-  void operator()(void* at) const { ::operator delete(at, std::align_val_t(kLine)); }
-};
-template <class T>
-using Scratch = std::unique_ptr<T[], Release>;
-template <class T>
-Scratch<T> scratch(int64_t size) {
-  const std::size_t bytes = (size > 0 ? size : 1) * sizeof(T);
-  return Scratch<T>((T*)::operator new(bytes, std::align_val_t(kLine)));
-}
 
 struct Range {
   int64_t begin, end;

@@ -1,52 +1,9 @@
-// A parallel loop that cannot deadlock: the caller takes chunks too, and never waits for a task
-// that has not begun. Tasks that begin after the last chunk was taken return at once.
+// How outputs are shared out among threads.
 #pragma once
 
 #include "common.h"
 
 namespace jopt {
-
-template <class Body>
-struct Loop {
-  const Body* body;  // alive while a chunk is out, since the caller waits for those
-  int64_t chunks;
-  std::atomic<int64_t> next{0}, done{0};
-  std::mutex mutex;
-  std::condition_variable finished;
-
-  void work() {
-    for (int64_t chunk; (chunk = next.fetch_add(1)) < chunks;) {
-      (*body)(chunk);
-      if (done.fetch_add(1) + 1 == chunks) {
-        std::lock_guard<std::mutex> lock(mutex);
-        finished.notify_all();
-      }
-    }
-  }
-};
-
-// Calls body(chunk) for each chunk; `pool` has num_threads() and Schedule(function).
-template <class Pool, class Body>
-void parallel_for(Pool& pool, int64_t chunks, const Body& body) {
-  const int64_t helpers = least(pool.num_threads(), chunks) - 1;
-  if (helpers <= 0) {
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk);
-    return;
-  }
-  auto loop = std::make_shared<Loop<Body>>();
-  loop->body = &body;
-  loop->chunks = chunks;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([loop] { loop->work(); });
-  loop->work();
-  for (int spin = 0; spin < 2000 && loop->done.load() < chunks; ++spin) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  if (loop->done.load() == chunks) return;
-  std::unique_lock<std::mutex> lock(loop->mutex);
-  loop->finished.wait(lock, [&] { return loop->done.load() == chunks; });
-}
 
 // Work is counted in multiply-adds of bytes; one of floats takes as long as three, rounding a float to
 // a byte as eight.
