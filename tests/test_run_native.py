@@ -1,6 +1,7 @@
 """Native kernels: figures of float64, under jit and vmap, and no byte read that is not theirs."""
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,27 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
         assert list((tmp_path / "cache").iterdir()) == []
     finally:
         _build._loaded.cache_clear()
+
+
+@needs_compiler
+def test_many_callers_at_once_all_come_back(native):
+    """XLA runs products side by side on the pool whose threads each product asks for, too."""
+
+    def many(params, x):
+        return [jnp.tanh(x + place) @ params["w"] for place in range(12)]
+
+    params = {"w": jax.random.normal(jax.random.key(0), (512, 2048))}
+    tree = quant.quantize_params(params, quant.QuantSpec(8), ".*")
+    x = jax.random.normal(jax.random.key(1), (40, 512))
+    ready = run.prepare(many, tree, x)
+    found = run.explain(many, ready, x, activations="int8").rows[0]
+    assert found.form.startswith("native")
+    fast = run.compressed(many, activations="int8")
+    alone = fast(ready, x)
+    chex.assert_trees_all_close(alone, many(jopt.materialize(tree), x), atol=1.5)
+    with ThreadPoolExecutor(8) as threads:
+        for each in threads.map(lambda _: fast(ready, x), range(24)):
+            chex.assert_trees_all_equal(each, alone)
 
 
 @needs_compiler
