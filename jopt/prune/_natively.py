@@ -44,4 +44,4 @@ def keep_largest(flats: Sequence[Array], keep: Array) -> list[Array]:
       keep: int32; clipped to the number of scores.
     """
     shapes = [jax.ShapeDtypeStruct(flat.shape, bool) for flat in flats]
-    return jax.ffi.ffi_call("jopt_select", shapes, vmap_method="expand_dims")(keep, *flats)
+    return list(jax.ffi.ffi_call("jopt_select", shapes, vmap_method="expand_dims")(keep, *flats))

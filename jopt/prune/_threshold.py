@@ -126,13 +126,14 @@ def keep_largest_global(scores_leaves: Sequence[Array], keep: Array | int) -> li
 
 
 def _by_kernel(keep: Array, *flats: Array) -> list[Array]:
-    return list(_natively.keep_largest(flats, keep))
+    return _natively.keep_largest(flats, keep)
 
 
 def _by_counting(keep: Array, *flats: Array) -> list[Array]:
-    threshold, last = _find_cut(list(flats), keep)
+    scores = list(flats)
+    threshold, last = _find_cut(scores, keep)
     masks = []
-    for flat, first in zip(flats, firsts(flats), strict=True):
+    for flat, first in zip(scores, firsts(scores), strict=True):
         keys = order_keys(flat, threshold.dtype)
         tie = (keys == threshold) & (first - lax.iota(threshold.dtype, flat.size) >= last)
         masks.append((keys > threshold) | tie)
