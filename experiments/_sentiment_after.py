@@ -25,7 +25,12 @@ from jopt import layers, quant
 Tree = Any
 Row = dict[str, Any]
 BITS = (8, 4)
-PATTERNS: dict[str, _post_training.Pattern] = {"50 %": 0.5, "2:4": (2, 4), "80 %": 0.8}
+PATTERNS: dict[str, _post_training.Pattern] = {
+    "50 %": 0.5,
+    "2:4": (2, 4),
+    "80 %": 0.8,
+    "90 %": 0.9,
+}
 EIGHT = quant.QuantSpec(8, (1,))
 INPUTS = quant.QuantSpec(8, ())
 RUNNING = "in jopt.run"
