@@ -36,7 +36,7 @@ def compressed_table(rows: list[Row], targets: list[dict[str, Any]], console: Co
 
 
 def compressed_plot(rows: list[Row], file: Path) -> None:
-    """Draw perplexity against bits, a line for each method, and a panel of pruned networks."""
+    """Draw how much perplexity grows by bits and method, and a panel of pruned networks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,16 +48,16 @@ def compressed_plot(rows: list[Row], file: Path) -> None:
     for method, marker in zip(dict.fromkeys(r["method"] for r in quantized), "oDs^v", strict=False):
         own = [row for row in quantized if row["method"] == method]
         bits = [int(row["form"].split()[0]) for row in own]
-        tests = np.array([row["test"] for row in own])
-        (line,) = left.plot(bits, tests.mean(1), marker=marker, markersize=5, label=method)
-        left.fill_between(bits, tests.min(1), tests.max(1), color=line.get_color(), alpha=0.15)
-    left.set_yscale("log")
-    left.yaxis.set_major_formatter("{x:,.0f}")
-    left.yaxis.set_minor_formatter("{x:,.0f}")
+        above = [100 * (np.array(row["test"]) / rows[0]["test"] - 1) for row in own]
+        lost = np.array(above)  # by every seed against its own dense network
+        (line,) = left.plot(bits, lost.mean(1), marker=marker, markersize=5, label=method)
+        left.fill_between(bits, lost.min(1), lost.max(1), color=line.get_color(), alpha=0.15)
+    left.set_yscale("symlog", linthresh=0.1)
+    left.yaxis.set_major_formatter("{x:g}")
     left.invert_xaxis()
     left.set_xticks(sorted({int(row["form"].split()[0]) for row in quantized}))
     left.set_xlabel("bits of a kernel's weight, groups of 64")
-    left.set_ylabel("perplexity of a test token (log scale)")
+    left.set_ylabel("perplexity above that of the float network, %")
     left.set_title("quantized", loc="left", fontsize=10)
     pruned = [row for row in rows if row["kind"] == "pruned"]
     forms = list(dict.fromkeys(row["form"] for row in pruned))
@@ -71,7 +71,6 @@ def compressed_plot(rows: list[Row], file: Path) -> None:
     right.set_xticks(range(len(forms)), forms)
     right.set_ylabel("perplexity above that of the dense network, %")
     right.set_title("pruned", loc="left", fontsize=10)
-    left.axhline(dense, color="0.5", linewidth=1, linestyle=":", label="float, dense")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
