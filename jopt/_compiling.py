@@ -33,11 +33,7 @@ def cache_folder() -> Path:
 
 
 def library(
-    name: str,
-    main: Path,
-    flags: tuple[str, ...],
-    headers: str = "",
-    version: str = "",
+    name: str, main: Path, flags: tuple[str, ...], headers: str = "", version: str = ""
 ) -> tuple[Path, list[str]]:
     """Return the file that a library has or will have, and the command that makes it.
 

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ from jopt.codec import _native
 from jopt.prune import _natively
 from jopt.run import _build
 
+ROOT = Path(__file__).parent.parent
 COMPILER = next(
     (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
 )
@@ -83,6 +85,20 @@ def compiled_programs_are_forgotten():
     """Let go of what a file's tests compiled: thousands of programs exhaust a process's maps."""
     yield
     jax.clear_caches()
+
+
+def run_check(source, folder, flags, program, rounds=80):
+    """Build a check of native code in tests/, run it, and require that nothing was wrong."""
+    flags = ["-std=c++17", "-w", f"-I{ROOT / folder}", *flags]
+    files = [str(ROOT / "tests" / source), "-o", str(program), "-lpthread"]
+    built = subprocess.run([str(COMPILER), *flags, *files], capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"it does not build here: {built.stderr[:200]}")
+    done = subprocess.run([str(program), str(rounds)], capture_output=True, text=True)
+    assert done.returncode == 0 and ": 0 wrong" in done.stdout, done.stdout + done.stderr
+
+
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @contextmanager

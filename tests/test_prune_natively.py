@@ -3,9 +3,7 @@
 That it marks the right ones is in test_prune_threshold.py, which runs it and XLA.
 """
 
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +12,13 @@ import pytest
 
 from jopt import prune
 from jopt.prune import _natively
-from tests.conftest import COMPILER, needs_compiler, switched
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import SANITIZED, needs_compiler, run_check, switched
 
 
 @needs_compiler
 def test_the_kernel_reads_and_writes_its_arrays_alone(tmp_path):
-    program = tmp_path / "check"
-    flags = ["-std=c++17", "-O1", "-w", f"-I{ROOT / 'jopt/prune/native'}"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = [str(ROOT / "tests/select_check.cc"), "-o", str(program), "-lpthread"]
-    built = subprocess.run([str(COMPILER), *flags, *source], capture_output=True, text=True)
-    if built.returncode:
-        pytest.skip(f"it does not build here: {built.stderr[:200]}")
-    done = subprocess.run([str(program), "80"], capture_output=True, text=True)
-    assert done.returncode == 0 and ": 0 wrong" in done.stdout, done.stdout + done.stderr
+    flags = ["-O1", *SANITIZED]
+    run_check("select_check.cc", "jopt/prune/native", flags, tmp_path / "check")
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Native kernels: figures of float64, under jit and vmap, and no byte read that is not theirs."""
 
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -17,11 +15,10 @@ import jopt
 from jopt import quant, run
 from jopt.run import _build, _forms, _native
 from jopt.run._packing import into_panels, out_of_panels, rows_at
-from tests.conftest import COMPILER, needs_compiler
+from tests.conftest import COMPILER, SANITIZED, needs_compiler, run_check
 from tests.test_run import MAKERS, _tree, apply, reference
 
 EDGES = ((0, 0), (0, 0))
-ROOT = Path(__file__).parent.parent
 
 
 def panels(codes):
@@ -404,15 +401,6 @@ def test_many_callers_at_once_all_come_back(native):
 @needs_compiler
 @pytest.mark.parametrize("kind", ["for this machine, sanitized", "portable"])
 def test_no_kernel_reads_or_writes_beyond_its_arrays(kind, tmp_path):
-    program = tmp_path / "check"
-    flags = ["-std=c++17", "-O0", "-w", f"-I{ROOT / 'jopt/run/native'}"]
-    if kind == "portable":
-        flags += ["-DJOPT_PORTABLE"]
-    else:
-        flags += ["-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = [str(ROOT / "tests/native_check.cc"), "-o", str(program), "-lpthread"]
-    built = subprocess.run([str(COMPILER), *flags, *source], capture_output=True, text=True)
-    if built.returncode:
-        pytest.skip(f"it does not build here: {built.stderr[:200]}")
-    done = subprocess.run([str(program), "80"], capture_output=True, text=True)
-    assert done.returncode == 0 and ": 0 wrong" in done.stdout, done.stdout + done.stderr
+    native = ["-march=native", *SANITIZED]
+    flags = ["-O0", *(["-DJOPT_PORTABLE"] if kind == "portable" else native)]
+    run_check("native_check.cc", "jopt/run/native", flags, tmp_path / "check")

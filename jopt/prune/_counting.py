@@ -52,7 +52,7 @@ def order_keys(scores: Array, dtype: jnp.dtype) -> Array:
     """
     info = jnp.iinfo(dtype)
     wide = jnp.float64 if dtype == jnp.int64 else jnp.float32
-    if scores.dtype == jnp.bfloat16 or wide == jnp.float32:
+    if scores.dtype != jnp.float64:
         scores = as_float32(scores)
     bits = lax.bitcast_convert_type(scores.astype(wide), dtype)
     magnitude = bits & info.max
