@@ -87,15 +87,31 @@ def compiled_programs_are_forgotten():
     jax.clear_caches()
 
 
-def run_check(source, folder, flags, program, rounds=80):
+def run_check(source, folder, flags, program, rounds=80, compiler=COMPILER, runner=()):
     """Build a check of native code in tests/, run it, and require that nothing was wrong."""
     flags = ["-std=c++17", "-w", f"-I{ROOT / folder}", *flags]
     files = [str(ROOT / "tests" / source), "-o", str(program), "-lpthread"]
-    built = subprocess.run([str(COMPILER), *flags, *files], capture_output=True, text=True)
+    built = subprocess.run([str(compiler), *flags, *files], capture_output=True, text=True)
     if built.returncode:
         pytest.skip(f"it does not build here: {built.stderr[:200]}")
-    done = subprocess.run([str(program), str(rounds)], capture_output=True, text=True)
+    command = [*runner, str(program), str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and ": 0 wrong" in done.stdout, done.stdout + done.stderr
+    return done.stdout
+
+
+ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+ARM_EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+needs_arm = pytest.mark.skipif(
+    not (ARM_COMPILER and ARM_EMULATOR), reason="no compiler for ARM, or no emulator of it"
+)
+
+
+def run_check_for_arm(source, folder, machine, program):
+    """Do the same for an ARM processor, in an emulator."""
+    flags = ["-O1", "-static", f"-march={machine}"]
+    arm = {"compiler": ARM_COMPILER, "runner": (ARM_EMULATOR, "-cpu", "max")}
+    return run_check(source, folder, flags, program, **arm)
 
 
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

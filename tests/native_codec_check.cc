@@ -4,6 +4,7 @@
 #include "codec.cc"
 
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 
 static std::mt19937 source(1);
@@ -74,7 +75,7 @@ struct Case {
   }
 };
 
-int main() {
+int main(int argc, char** argv) {
   std::vector<double> squash(2 * jopt::kLimit + 1), logs(jopt::kLogs);
   for (size_t at = 0; at < squash.size(); ++at) {
     double odds = (static_cast<double>(at) - jopt::kLimit) / 256;
@@ -84,7 +85,7 @@ int main() {
     logs[at] = std::floor(256 * std::log(1 + at / 2048.0));
   }
   int wrong = jopt_tables(squash.data(), squash.size(), logs.data(), logs.size());
-  const int cases = 400;
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 400;
   for (int at = 0; at < cases; ++at) {
     Case each;
     auto words = each.write();
@@ -101,6 +102,6 @@ int main() {
       other.write();  // a grid that is none is refused
     }
   }
-  std::printf("%d cases, %d wrong\n", cases, wrong);
+  std::printf("%d cases: %d wrong\n", cases, wrong);
   return wrong != 0;
 }

@@ -1,8 +1,5 @@
 """Native coding writes and reads the very bytes that NumPy does, and touches no other memory."""
 
-import subprocess
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -13,11 +10,10 @@ from jopt import codec
 from jopt.codec import CodecError, _coding, _native, _sections
 from jopt.codec._grids import Lags, grid_of
 from jopt.codec._words import word_dtype
-from tests.conftest import COMPILER
+from tests.conftest import COMPILER, SANITIZED, needs_arm, run_check, run_check_for_arm
 from tests.test_codec import assert_same_bits
 from tests.test_codec_corruption import golden_tree
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
 
@@ -145,11 +141,10 @@ def test_wrong_sizes_are_refused_before_a_byte_is_touched(native_codec):
 
 
 def test_no_coder_reads_or_writes_beyond_its_arrays(tmp_path):
-    program = tmp_path / "check"
-    sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [f"-I{ROOT / 'jopt/codec/native'}", str(ROOT / "tests" / "native_codec_check.cc")]
-    command = [COMPILER, "-std=c++17", "-O1", "-w", *sanitized, *sources, "-o", str(program)]
-    subprocess.run(command, check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == "400 cases, 0 wrong"
+    flags = ["-O1", *SANITIZED]
+    run_check("native_codec_check.cc", "jopt/codec/native", flags, tmp_path / "check", rounds=400)
+
+
+@needs_arm
+def test_coders_run_right_in_an_emulator_of_arm(tmp_path):
+    run_check_for_arm("native_codec_check.cc", "jopt/codec/native", "armv8-a", tmp_path / "check")

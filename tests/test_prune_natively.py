@@ -12,13 +12,25 @@ import pytest
 
 from jopt import prune
 from jopt.prune import _natively
-from tests.conftest import SANITIZED, needs_compiler, run_check, switched
+from tests.conftest import (
+    SANITIZED,
+    needs_arm,
+    needs_compiler,
+    run_check,
+    run_check_for_arm,
+    switched,
+)
 
 
 @needs_compiler
 def test_the_kernel_reads_and_writes_its_arrays_alone(tmp_path):
     flags = ["-O1", *SANITIZED]
     run_check("select_check.cc", "jopt/prune/native", flags, tmp_path / "check")
+
+
+@needs_arm
+def test_the_kernel_runs_right_in_an_emulator_of_arm(tmp_path):
+    run_check_for_arm("select_check.cc", "jopt/prune/native", "armv8-a", tmp_path / "check")
 
 
 @pytest.fixture

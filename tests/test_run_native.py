@@ -15,7 +15,14 @@ import jopt
 from jopt import quant, run
 from jopt.run import _build, _forms, _native
 from jopt.run._packing import into_panels, out_of_panels, rows_at
-from tests.conftest import COMPILER, SANITIZED, needs_compiler, run_check
+from tests.conftest import (
+    COMPILER,
+    SANITIZED,
+    needs_arm,
+    needs_compiler,
+    run_check,
+    run_check_for_arm,
+)
 from tests.test_run import MAKERS, _tree, apply, reference
 
 EDGES = ((0, 0), (0, 0))
@@ -33,7 +40,8 @@ def test_kernels_are_compiled_once_and_say_for_what(native):
     assert run.native_instructions() in {
         "AVX2",
         "AVX-512 VNNI",
-        "NEON, as the compiler vectorizes",
+        "NEON with dot products",
+        "NEON",
         "portable",
     }
     library, _ = _build.file_and_command()
@@ -404,3 +412,14 @@ def test_no_kernel_reads_or_writes_beyond_its_arrays(kind, tmp_path):
     native = ["-march=native", *SANITIZED]
     flags = ["-O0", *(["-DJOPT_PORTABLE"] if kind == "portable" else native)]
     run_check("native_check.cc", "jopt/run/native", flags, tmp_path / "check")
+
+
+@needs_arm
+@pytest.mark.parametrize(
+    ("machine", "instructions"),
+    [("armv8-a", "NEON"), ("armv8.2-a+dotprod", "NEON with dot products")],
+)
+def test_kernels_for_arm_run_right_in_an_emulator(machine, instructions, tmp_path):
+    program = tmp_path / "check"
+    said = run_check_for_arm("native_check.cc", "jopt/run/native", machine, program)
+    assert said.startswith(f"{instructions}: ")

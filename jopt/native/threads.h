@@ -76,6 +76,8 @@ void parallel_for(Pool& pool, int64_t chunks, const Body& body) {
   for (int spin = 0; spin < 2000 && loop->done.load() < chunks; ++spin) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
 #endif
   }
   if (loop->done.load() == chunks) return;

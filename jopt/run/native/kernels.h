@@ -9,6 +9,10 @@
 #define JOPT_VNNI
 #endif
 #include "simd_avx2.h"
+#elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(JOPT_PORTABLE)
+#include <arm_neon.h>
+#define JOPT_NEON
+#include "simd_neon.h"
 #else
 #include "simd_portable.h"
 #endif
@@ -29,8 +33,10 @@ namespace jopt {
 constexpr const char* kInstructions = "AVX-512 VNNI";
 #elif defined(__AVX2__) && defined(__FMA__) && !defined(JOPT_PORTABLE)
 constexpr const char* kInstructions = "AVX2";
-#elif defined(__ARM_NEON) && !defined(JOPT_PORTABLE)
-constexpr const char* kInstructions = "NEON, as the compiler vectorizes";
+#elif defined(JOPT_NEON) && defined(__ARM_FEATURE_DOTPROD)
+constexpr const char* kInstructions = "NEON with dot products";
+#elif defined(JOPT_NEON)
+constexpr const char* kInstructions = "NEON";
 #else
 constexpr const char* kInstructions = "portable";
 #endif
