@@ -135,6 +135,12 @@ def _pruned(kernel: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(kernel) > 1.645, kernel, 0)  # nine in ten of normal weights
 
 
+def _emptied(kernel: jax.Array) -> jax.Array:
+    draw = np.random.default_rng(0)
+    inputs, outputs = (draw.permutation(size) < size // 2 for size in kernel.shape)
+    return kernel * (inputs[:, None] & outputs)
+
+
 def binary(smoke: bool) -> Case:
     """Signs by signs, packed in bits, against the product of floats."""
     size = 128 if smoke else 4096
@@ -225,6 +231,13 @@ def cases(smoke: bool) -> list[Callable[[], Case]]:
             (*csr[:3], 3.0),
             5.0,
             True,
+        ),
+        *(
+            matvec(f"{what}, half of the inputs and outputs zeros, {how}", size, _emptied, *about)
+            for what, how, size, *about in (
+                ("matmul 32x1024x1024", "warm", (32, 1024, 1024), "float", None, 1.0, False),
+                ("matvec 4096x4096", "cold", large, "float", None, 1.0, True),
+            )
         ),
         lambda: binary(smoke),
         lambda: depthwise(smoke),

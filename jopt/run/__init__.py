@@ -22,11 +22,14 @@ from jopt.run._matrices import (
     TurnedMatrix,
 )
 from jopt.run._prepare import prepare
+from jopt.run._pruned import FloatMatrix, NarrowMatrix
 
 __all__ = [
     "Explanation",
+    "FloatMatrix",
     "Int4Matrix",
     "Int8Matrix",
+    "NarrowMatrix",
     "Ran",
     "SignMatrix",
     "SparseMatrix",

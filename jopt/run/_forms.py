@@ -24,6 +24,7 @@ from jopt.run._matrices import (
 )
 from jopt.run._native import AS_IT_IS, After
 from jopt.run._packing import pack_bits
+from jopt.run._pruned import FloatMatrix
 
 Product = Callable[[Any, jax.Array], jax.Array]
 LONGEST = 1 << 16  # inputs: sums of products of bytes stay within int32
@@ -51,6 +52,8 @@ class Form(NamedTuple):
 
 def floats(matrix: Matrix, rows: jax.Array) -> jax.Array:
     """Multiply by the matrix restored."""
+    if isinstance(matrix, FloatMatrix):  # as it lies: XLA is slow at one row by its transpose
+        return rows @ matrix.kernel.reshape(matrix.inputs, matrix.outputs)
     return _contract(rows, matrix.rows().astype(jnp.float32), jnp.float32)
 
 

@@ -18,6 +18,7 @@ from jopt.run._endings import Compute, How, Product
 from jopt.run._forms import FLOATS, Form, floats, forms_of
 from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SparseMatrix, TurnedMatrix
 from jopt.run._native import After
+from jopt.run._pruned import FloatMatrix, NarrowMatrix
 from jopt.run._uses import GATHER
 
 PLAIN_DOT, PLAIN_CONV, PLAIN_GATHER = "XLA, dot", _convolutions.PLAIN, "XLA, gather"
@@ -58,7 +59,8 @@ def obstacle(use: Use, leaf: Any) -> str:
     layer = use.layer
     if layer.groups > 1:
         return "its outputs are in groups with inputs of their own"
-    if _convolutions.wide_window(layer) and not isinstance(leaf, Int8Matrix):
+    left = leaf.matrix if isinstance(leaf, NarrowMatrix) else leaf
+    if _convolutions.wide_window(layer) and not isinstance(left, (Int8Matrix, FloatMatrix)):
         return WINDOW
     if not isinstance(leaf, Matrix):
         return NOT_LAID_OUT
@@ -116,27 +118,35 @@ def _product_jvp(form: Form, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return _product(*primals, form), jax.jvp(floats, primals, tangents)[1]
 
 
+def within(leaf: Matrix) -> Matrix:
+    """Return the matrix that is multiplied by: what a turned or a narrow one holds."""
+    return leaf.matrix if isinstance(leaf, (TurnedMatrix, NarrowMatrix)) else leaf
+
+
+def changed(leaf: Matrix, rows: jax.Array) -> jax.Array:
+    """Return the rows that it is multiplied by."""
+    if isinstance(leaf, TurnedMatrix):
+        return leaf.turned(rows)
+    return leaf.left(rows) if isinstance(leaf, NarrowMatrix) else rows
+
+
 def multiply(form: Form, leaf: Matrix, rows: jax.Array, *after: After) -> jax.Array:
     """Multiply rows by a matrix.
 
     Args:
       form: how.
-      leaf: a matrix, perhaps turned.
+      leaf: a matrix, perhaps turned or narrow.
       rows: `(..., count, inputs)`.
       *after: what becomes of the outputs, if anything; then there are no derivatives.
 
     Returns:
       `(..., count, outputs)`, float32.
     """
-    rows = rows.astype(jnp.float32)
-    matrix = leaf
-    if isinstance(leaf, TurnedMatrix):
-        rows, matrix = leaf.turned(rows), leaf.matrix
+    matrix, rows = within(leaf), changed(leaf, rows.astype(jnp.float32))
     if after and form.ended is not None:
         return form.ended(matrix, rows, *after)
-    if form.name == FLOATS:
-        return floats(matrix, rows)
-    return _product(matrix, rows, form)
+    values = floats(matrix, rows) if form.name == FLOATS else _product(matrix, rows, form)
+    return leaf.spread(values) if isinstance(leaf, NarrowMatrix) else values
 
 
 def _dot(
@@ -195,11 +205,12 @@ def _matrix_product(
     """Multiply by a matrix in the fastest way, and say which it is."""
     is_conv = use.layer.kind == "conv"
     rows_by = partial(_channels, equation) if is_conv else partial(rows_of, use)
-    rows = jax.eval_shape(lambda x: rows_by(x).astype(jnp.float32), x)
-    form = form_for(leaf.matrix if isinstance(leaf, TurnedMatrix) else leaf, rows, rounded)
+    rows = jax.eval_shape(lambda x: changed(leaf, rows_by(x).astype(jnp.float32)), x)
+    form = form_for(within(leaf), rows, rounded)
     compute = partial(_conv, equation, form) if is_conv else partial(_dot, use, equation, form)
     last = use.side == 0 and _aval_of(equation).shape[-1:] == (leaf.outputs,)
-    ended = compute if form.ended is not None and (is_conv or last) else None
+    whole = form.ended is not None and not isinstance(leaf, NarrowMatrix)
+    ended = compute if whole and (is_conv or last) else None
     return _held_back(equation, compute, ended, (leaf, x)), form.name
 
 
@@ -249,23 +260,35 @@ def _window(
 def _float_conv(use: Use, equation: core.JaxprEqn, values: list[Any]) -> tuple[Any, str]:
     """Convolve floats in the fastest way."""
     x, kernel = values
-    out, window = _aval_of(equation), use.layer.window
-    single = x.dtype == kernel.dtype == out.dtype == jnp.float32
-    if jax.default_backend() != "cpu" or not single or window is None:
+    form = _conv_form(use, x, kernel)
+    if form.name == PLAIN_CONV or _aval_of(equation).dtype != jnp.float32:
         return None, PLAIN_CONV
-    if not _convolutions.channels_last(window):
-        return None, PLAIN_CONV
-    shapes = _convolutions.Shapes(x.shape, kernel.shape, window)
-    ways = _convolutions.ways_of(shapes)
+    return _held_back(equation, form.product, form.ended, (x, kernel)), form.name
+
+
+def _conv_form(use: Use, x: jax.Array, kernel: jax.Array) -> Form:
+    """Return how to convolve floats, `(x, kernel) -> outputs`."""
+    shapes = _convolutions.Shapes(x.shape, kernel.shape, use.layer.window)
+    plain = Form(PLAIN_CONV, partial(_convolutions.plain, shapes))
+    single = x.dtype == kernel.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    if not single or shapes.window is None or not _convolutions.channels_last(shapes.window):
+        return plain
     forms = []
-    for name, way in ways.items():
+    for name, way in _convolutions.ways_of(shapes).items():
         ended = _convolutions.ENDED.get(name)
         ended = None if ended is None else partial(ended, shapes)
         forms.append(Form(name, partial(way, shapes), ended=ended))
-    form = fastest(f"convolution {shapes}", forms, (_aval(x), _aval(kernel)), 1)
-    if form.name == PLAIN_CONV:
-        return None, PLAIN_CONV
-    return _held_back(equation, form.product, form.ended, (x, kernel)), form.name
+    return fastest(f"convolution {shapes}", forms, (_aval(x), _aval(kernel)), 1)
+
+
+def _narrow_conv(
+    use: Use, equation: core.JaxprEqn, leaf: NarrowMatrix, x: jax.Array
+) -> tuple[jax.Array, str]:
+    """Convolve the channels that a kernel of floats has left."""
+    x, kernel = leaf.left(x), leaf.matrix.kernel
+    form = _conv_form(use, x, kernel)
+    out = leaf.spread(form.product(x, kernel))
+    return out.astype(_aval_of(equation).dtype), form.name
 
 
 def _gathered(equation: core.JaxprEqn, leaf: Any, indices: jax.Array) -> jax.Array | None:
@@ -319,7 +342,9 @@ def run_use(
         why = obstacle(use, leaf)
         if not why:
             x = values[use.side]
-            if _convolutions.wide_window(layer):
+            if _convolutions.wide_window(layer) and isinstance(leaf, NarrowMatrix):
+                out, name = _narrow_conv(use, equation, leaf, x)
+            elif _convolutions.wide_window(layer):
                 out, name, why = _window(use, equation, leaf, x)
             else:
                 out, name = _matrix_product(use, equation, leaf, x, rounded)

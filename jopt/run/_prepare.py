@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from jopt._arrays import dtype_bits, expand_blocks, known_values, materialize
+from jopt._arrays import dtype_bits, expand_blocks, materialize
 from jopt._leaves import (
     BitTensor,
     CodebookTensor,
@@ -22,71 +21,21 @@ from jopt._leaves import (
 )
 from jopt._trees import flatten_with_paths, is_kernel
 from jopt.layers import Layer
-from jopt.run._convolutions import takes_codes, wide_window
+from jopt.run._axes import Axes, axes_of
+from jopt.run._convolutions import channels_last, takes_codes, wide_window
 from jopt.run._forms import native_here
 from jopt.run._matrices import (
     Int4Matrix,
     Int8Matrix,
     Matrix,
     SignMatrix,
-    SparseMatrix,
     TurnedMatrix,
 )
 from jopt.run._packing import BLOCK, pack4, pack_bits
+from jopt.run._pruned import SPARSE, narrowed, pruned
 from jopt.run._uses import Apply, dense_avals, trace_uses
 
-SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
-SPARSE_BLOCK = 512  # inputs of some rows, which stay in the first level of the cache
 _ENTRIES = 16  # of a table that 4 bits index
-
-
-class Axes(NamedTuple):
-    """What the axes of a kernel are.
-
-    Attributes:
-      stacked: how many axes in front stack kernels.
-      contracted: the inputs, ascending.
-    """
-
-    stacked: int
-    contracted: tuple[int, ...]
-
-    def order(self, rank: int) -> list[int]:
-        """Return the axes in the order of the matrix: stacked, outputs, inputs."""
-        return [axis for axis in range(rank) if axis not in self.contracted] + [*self.contracted]
-
-    def as_matrix(self, array: jax.Array) -> jax.Array:
-        """Lay an array of the kernel's shape out as `(stacked..., outputs, inputs)`."""
-        inputs = math.prod(array.shape[axis] for axis in self.contracted)
-        stacked = array.shape[: self.stacked]
-        outputs = math.prod(
-            size
-            for axis, size in enumerate(array.shape)
-            if axis >= self.stacked and axis not in self.contracted
-        )
-        moved = array.transpose(self.order(array.ndim))
-        return moved.reshape(*stacked, outputs, inputs)
-
-    def statics(self, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
-        """Return what a matrix says of the kernel."""
-        return {
-            "trailing": tuple(shape[self.stacked :]),
-            "contracted": tuple(axis - len(shape) for axis in self.contracted),
-            "dtype": jnp.dtype(dtype),
-        }
-
-
-def axes_of(layers: tuple[Layer, ...]) -> Axes | str:
-    """Return what the axes of a kernel are in all of its uses, or why there is no one matrix."""
-    found = {(layer.contracted, layer.batch, layer.groups) for layer in layers}
-    if len(found) > 1:
-        return "its uses sum over different axes"
-    contracted, batch, groups = found.pop()
-    if groups > 1:
-        return "its outputs are in groups with inputs of their own"
-    if batch != tuple(range(len(batch))):
-        return "the axes that stack kernels are not its first"
-    return Axes(len(batch), contracted)
 
 
 def _by_runs(values: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
@@ -256,45 +205,6 @@ def why_not(leaf: Any, layers: tuple[Layer, ...]) -> str:
     return next((each for each in found if isinstance(each, str)), "")
 
 
-def sparse_matrix(kernel: ArrayLike, axes: Axes) -> SparseMatrix:
-    """Keep the weights of a kernel that are not zero.
-
-    Args:
-      kernel: floats whose values are known.
-      axes: what its axes are; none stacks kernels.
-
-    Example:
-      >>> import numpy as np
-      >>> sparse_matrix(np.array([[0.0, 2.0], [3.0, 0.0]], np.float32), Axes(0, (0,))).values
-      Array([3., 2.], dtype=float32)
-    """
-    array = np.asarray(kernel)
-    order = axes.order(array.ndim)
-    inputs = math.prod(array.shape[axis] for axis in axes.contracted)
-    matrix = array.transpose(order).reshape(-1, inputs)
-    outputs, columns = np.nonzero(matrix)
-    blocks = max(1, -(-inputs // SPARSE_BLOCK))
-    block = outputs * blocks + columns // SPARSE_BLOCK
-    counts = np.bincount(block, minlength=matrix.shape[0] * blocks)
-    starts = np.append(0, np.cumsum(counts))
-    narrow = np.uint16 if inputs <= 1 << 16 else np.uint32
-    return SparseMatrix(
-        jnp.asarray(matrix[outputs, columns], jnp.float32),
-        jnp.asarray(columns.astype(narrow)),
-        jnp.asarray(starts.astype(np.int32)),
-        **axes.statics(array.shape, array.dtype),
-    )
-
-
-def _pruned(leaf: Any, axes: Axes, sparse: float) -> Matrix | None:
-    """Return a kernel in compressed rows where enough of its weights are zero."""
-    values = known_values(leaf)
-    if values is None or axes.stacked or leaf.dtype != jnp.float32 or not values.size:
-        return None
-    zeros = 1 - np.count_nonzero(values) / values.size
-    return sparse_matrix(values, axes) if zeros >= sparse else None
-
-
 def _step_of(ends: tuple[ArrayLike, ArrayLike], stacked: tuple[int, ...]) -> jax.Array:
     """Return the step that rounds inputs of a range to int8, symmetric, `(stacked..., 1)`."""
     low, high = (jnp.abs(jnp.asarray(end, jnp.float32)) for end in ends)
@@ -318,6 +228,10 @@ def prepare(
     convolutions with a window those of int8, where such kernels run. A leaf that no product reads
     stays as it is; `explain` says why. `materialize` takes what comes out, too.
 
+    Of float32 kernels, and of integers and codebooks in products of matrices, inputs and outputs
+    that are zeros are left out, where at most half of the weights are left: what `jopt.prune`
+    empties by whole units is not multiplied, in the shapes that the model has.
+
     Args:
       apply: `(params, *args) -> outputs`, any pure function.
       params: the tree of parameters, compressed leaves in it.
@@ -326,7 +240,8 @@ def prepare(
         finds them: rounded inputs of int8 kernels then have one step, and not one for each row. A
         layer whose path is left out finds its steps when it runs.
       sparse: a part of the weights; a float32 kernel of a dense layer that has as many zeros is
-        kept in compressed rows. By default 0.75 where native kernels run, and never elsewhere.
+        kept in compressed rows, unless they are whole inputs and outputs, of what is left fewer.
+        By default 0.75 where native kernels run, and never elsewhere.
         Only for arrays whose values are known, so not within `jit`.
 
     Returns:
@@ -389,11 +304,15 @@ def _prepared(
         by_output = isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1
         if isinstance(matrix, str) or (windows and not by_output):
             return leaf
+        if layers and not windows and not gathered:
+            matrix = narrowed(matrix)
         return matrix.in_panels() if layers and native_here() is None else matrix
-    if sparse is None or not layers or not is_kernel("", leaf) or gathered:
+    if not layers or not is_kernel("", leaf) or gathered:
         return leaf
     axes = axes_of(layers)
-    if isinstance(axes, str) or any(map(wide_window, layers)):
+    windows = list(filter(None, map(wide_window, layers)))
+    if isinstance(axes, str) or (windows and not all(map(channels_last, windows))):
         return leaf
-    pruned = _pruned(leaf, axes, sparse)
-    return leaf if pruned is None else pruned
+    elements = {math.prod(window.size) for window in windows} or {1}
+    found = pruned(leaf, axes, elements.pop(), sparse) if len(elements) == 1 else None
+    return leaf if found is None else found

@@ -1,0 +1,249 @@
+"""Kernels with zeros: in compressed rows, or without the inputs and outputs that are zeros."""
+
+from typing import Any
+
+import flax.struct as struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jopt._arrays import known_values, on_host
+from jopt.run._axes import Axes
+from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SparseMatrix
+from jopt.run._packing import BLOCK, pack4
+
+SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
+SPARSE_BLOCK = 512  # inputs of some rows, which stay in the first level of the cache
+NARROW = 0.5  # of the weights, in whole inputs and outputs: so few are faster, however many rows
+
+
+@struct.dataclass
+class FloatMatrix(Matrix):
+    """Hold a kernel as it is.
+
+    Attributes:
+      kernel: floats; inputs and outputs lie as `contracted` says.
+      contracted: as in `Matrix`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> FloatMatrix(jnp.array([[1.0, 2.0], [3.0, 4.0]])).rows().tolist()
+      [[1.0, 3.0], [2.0, 4.0]]
+    """
+
+    kernel: jax.Array
+    contracted: tuple[int, ...] = struct.field(pytree_node=False, default=(-2,))
+
+    @property
+    def trailing(self) -> tuple[int, ...]:
+        """Return the shape of the kernel."""
+        return self.kernel.shape
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Return the sizes of the axes that stack kernels: none."""
+        return ()
+
+    @property
+    def dtype(self) -> Any:
+        """Return the dtype of the kernel."""
+        return self.kernel.dtype
+
+    def rows(self) -> jax.Array:
+        """Return the matrix, `(outputs, inputs)`."""
+        rank = self.kernel.ndim
+        return Axes(0, tuple(axis + rank for axis in self.contracted)).as_matrix(self.kernel)
+
+
+@struct.dataclass
+class NarrowMatrix(Matrix):
+    """Hold a kernel of which whole inputs or outputs are zeros by what is left of it.
+
+    Attributes:
+      matrix: what is left, another matrix.
+      kept: int32, ascending: which inputs that has, or None for all. Of a kernel with a window
+        these are channels.
+      places: int32, `(outputs,)`: which output of it each output is, one beyond the last for a
+        zero; or None where it has all.
+      trailing: as in `Matrix`.
+      contracted: as in `Matrix`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> left = FloatMatrix(jnp.array([[5.0]]))
+      >>> NarrowMatrix(left, jnp.array([1]), jnp.array([1, 0]), (2, 2)).restore().tolist()
+      [[0.0, 0.0], [0.0, 5.0]]
+    """
+
+    matrix: Any
+    kept: jax.Array | None
+    places: jax.Array | None
+    trailing: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    contracted: tuple[int, ...] = struct.field(pytree_node=False, default=(-2,))
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Return the sizes of the axes that stack kernels: none."""
+        return ()
+
+    @property
+    def dtype(self) -> Any:
+        """Return the dtype of the array that this leaf stands for."""
+        return self.matrix.dtype
+
+    def in_panels(self) -> "NarrowMatrix":
+        """Return the matrix with the inner one as native kernels read it."""
+        inner = self.matrix.in_panels()
+        return self.replace(matrix=inner)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def left(self, x: jax.Array) -> jax.Array:
+        """Return the inputs that the inner matrix has, of all in the last axis of `x`."""
+        if self.kept is None:
+            return x
+        at = x.at[..., self.kept]
+        found = at.get(mode="promise_in_bounds", indices_are_sorted=True, unique_indices=True)
+        return lax.optimization_barrier(found)  # within a product each would be looked up often
+
+    def spread(self, y: jax.Array) -> jax.Array:
+        """Return all outputs, with those of the inner matrix in the last axis of `y`."""
+        if self.places is None:
+            return y
+        padded = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, 1)])
+        return padded.at[..., self.places].get(mode="promise_in_bounds")
+
+    def rows(self) -> jax.Array:
+        """Return the matrix as floats, `(outputs, inputs)`."""
+        values = self.matrix.rows()
+        if self.kept is not None:
+            window = self.matrix.inputs // len(self.kept)
+            whole = jnp.zeros((len(values), window, self.inputs // window), values.dtype)
+            parts = values.reshape(len(values), window, -1)
+            values = whole.at[..., self.kept].set(parts).reshape(len(values), -1)
+        return self.spread(values.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def sparse_matrix(kernel: ArrayLike, axes: Axes) -> SparseMatrix:
+    """Keep the weights of a kernel that are not zero.
+
+    Args:
+      kernel: floats whose values are known.
+      axes: what its axes are; none stacks kernels.
+
+    Example:
+      >>> import numpy as np
+      >>> sparse_matrix(np.array([[0.0, 2.0], [3.0, 0.0]], np.float32), Axes(0, (0,))).values
+      Array([3., 2.], dtype=float32)
+    """
+    array = np.asarray(kernel)
+    matrix = axes.as_rows(array)
+    inputs = matrix.shape[1]
+    outputs, columns = np.nonzero(matrix)
+    blocks = max(1, -(-inputs // SPARSE_BLOCK))
+    block = outputs * blocks + columns // SPARSE_BLOCK
+    counts = np.bincount(block, minlength=matrix.shape[0] * blocks)
+    starts = np.append(0, np.cumsum(counts))
+    narrow = np.uint16 if inputs <= 1 << 16 else np.uint32
+    return SparseMatrix(
+        jnp.asarray(matrix[outputs, columns], jnp.float32),
+        jnp.asarray(columns.astype(narrow)),
+        jnp.asarray(starts.astype(np.int32)),
+        **axes.statics(array.shape, array.dtype),
+    )
+
+
+class _Units:
+    """Which inputs and outputs of a matrix are not all zeros: at least one of each.
+
+    Attributes:
+      inputs: which inputs, or which channels of a window of `window` elements.
+      outputs: which outputs.
+      part: how many of the weights these have.
+    """
+
+    def __init__(self, used: np.ndarray, window: int = 1) -> None:
+        def units(used: Any) -> np.ndarray:
+            found = np.flatnonzero(used)
+            return found if found.size else np.zeros(1, found.dtype)
+
+        self._outputs, channels = used.shape[0], used.shape[1] // window
+        self._all = channels
+        self.outputs = units(used.any(axis=1))
+        self.inputs = units(used.reshape(-1, window, channels).any(axis=(0, 1)))
+        self.part = self.outputs.size * self.inputs.size / (self._outputs * channels)
+
+    def around(self, matrix: Matrix, like: Matrix | dict[str, Any]) -> NarrowMatrix:
+        """Return the whole of a kernel, of which `matrix` has these units."""
+        kept = None if self.inputs.size == self._all else jnp.asarray(self.inputs, jnp.int32)
+        places = None
+        if self.outputs.size < self._outputs:
+            found = np.full(self._outputs, self.outputs.size, np.int32)
+            found[self.outputs] = np.arange(self.outputs.size)
+            places = jnp.asarray(found)
+        if isinstance(like, Matrix):
+            like = {"trailing": like.trailing, "contracted": like.contracted}
+        return NarrowMatrix(matrix, kept, places, like["trailing"], like["contracted"])
+
+
+def pruned(leaf: Any, axes: Axes, window: int, sparse: float | None) -> Matrix | None:
+    """Lay a kernel of floats out without its zeros, where enough of it is zero.
+
+    Args:
+      leaf: an array.
+      axes: what its axes are.
+      window: how many elements the window of its convolution has; 1 for a product of matrices.
+      sparse: a part of the weights: as many zeros anywhere are worth compressed rows; or None.
+
+    Returns:
+      A `NarrowMatrix` or a `SparseMatrix`, or None.
+    """
+    values = known_values(leaf)
+    if values is None or axes.stacked or leaf.dtype != jnp.float32 or not values.size:
+        return None
+    rows = axes.as_rows(values)
+    used = rows != 0
+    units, count = _Units(used, window), np.count_nonzero(used)
+    within = 1 - count / (units.part * rows.size)
+    if units.part <= NARROW and (window > 1 or sparse is None or within < sparse):
+        statics = axes.statics(values.shape, values.dtype)
+        if window > 1:
+            inner = FloatMatrix(
+                jnp.asarray(values[..., units.inputs, :][..., units.outputs]),
+                contracted=statics["contracted"],
+            )
+        else:
+            inner = FloatMatrix(jnp.asarray(rows[units.outputs][:, units.inputs].T.copy()))
+        return units.around(inner, statics)
+    enough = window == 1 and sparse is not None and 1 - count / rows.size >= sparse
+    return sparse_matrix(values, axes) if enough else None
+
+
+def narrowed(matrix: Matrix) -> Matrix:
+    """Leave out inputs and outputs of a matrix of codes that are zeros, where enough are.
+
+    Inputs are left out where each output has one scale. A matrix of another kind, one that is
+    stacked, or whose values are not known, comes back as it is.
+
+    Args:
+      matrix: by rows.
+    """
+    codes = isinstance(matrix, (Int8Matrix, Int4Matrix))
+    if not codes or matrix.stacked or not all(map(on_host, jax.tree.leaves(matrix))):
+        return matrix
+    used = np.asarray(matrix.rows()) != 0
+    if matrix.scale.shape[-1] != 1:  # groups of inputs stay whole
+        used |= used.any(1, keepdims=True)
+    units = _Units(used)
+    if units.part > NARROW:
+        return matrix
+    inner: Any = matrix.at(jnp.asarray(units.outputs))
+    size = units.inputs.size
+    about: dict[str, Any] = {"trailing": (units.outputs.size, size)}
+    if isinstance(matrix, Int8Matrix):
+        about |= {"codes": inner.codes[:, units.inputs], "input_scale": matrix.input_scale}
+    elif size < matrix.inputs:
+        about["packed"] = pack4(inner.codes()[:, units.inputs].astype(jnp.int32))
+        about["group"] = -(-size // BLOCK) * BLOCK
+    inner = inner.replace(**about)
+    return units.around(inner, matrix)
