@@ -19,20 +19,15 @@ Scores = Callable[[Tree], Tree]
 BIAS_SPEC = quant.QuantSpec(8, block=())
 
 
-def _is_weight(path: str, leaf: Any) -> bool:
-    """Tell kernels and tables from biases, which attention has with two axes."""
-    return is_kernel(path, leaf) and not path.endswith("bias")
-
-
 def rounded(params: Tree, bits: int, block: tuple[int, ...] = ()) -> Tree:
     """Round kernels and biases as `quantized` stores them, with a straight-through gradient."""
-    params = quant.fake_quantize_params(params, quant.QuantSpec(bits, block=block), _is_weight)
+    params = quant.fake_quantize_params(params, quant.QuantSpec(bits, block=block))
     return quant.fake_quantize_params(params, BIAS_SPEC, ".*/bias")
 
 
 def quantized(params: Tree, bits: int, block: tuple[int, ...] = ()) -> Tree:
     """Quantize kernels to few bits, a scale for each block, and biases to eight, one scale each."""
-    params = quant.quantize_params(params, quant.QuantSpec(bits, block=block), _is_weight)
+    params = quant.quantize_params(params, quant.QuantSpec(bits, block=block))
     return quant.quantize_params(params, BIAS_SPEC, ".*/bias")
 
 

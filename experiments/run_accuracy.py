@@ -49,6 +49,7 @@ TABLES = r".*(words|places)/embedding"
 SAME, ROUNDED = 0.0005, 0.01  # what may be lost beside the format's own
 BATCH = 500
 TOKENS = 32
+CROPS = 9  # of each photo, beside its middle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +160,16 @@ def efficientnet(smoke: bool, console: Console) -> Network:
     del console
     model, variables = _efficientnet.load()
     photos, labels = _efficientnet.photos()
-    count = 2 if smoke else len(photos)
     model, folded = _efficientnet.fold(model, variables)
-    inputs = _batches(np.asarray(_efficientnet.normalize(photos[:count])), 4)
-    score = _accuracy(labels[:count])
-    asked = "accuracy on 20 photos of ImageNet"
+    count = 2 if smoke else len(photos)
+    views, labels = photos[:count], labels[:count]
+    if not smoke:
+        draw = np.random.default_rng(0)
+        views = np.concatenate([views, _efficientnet.crops(draw, np.arange(count), CROPS)])
+        labels = np.concatenate([labels, np.repeat(labels, CROPS)])
+    inputs = _batches(np.asarray(_efficientnet.normalize(views)), 4)
+    score = _accuracy(labels)
+    asked = f"accuracy on 20 photos of ImageNet and {CROPS} crops of each"
     return Network("EfficientNet-Lite0", model.apply, folded, inputs, score, asked)
 
 

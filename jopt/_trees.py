@@ -76,16 +76,18 @@ def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 def is_kernel(path: str, leaf: Any) -> bool:
     """Return whether a leaf is a floating-point array of two or more axes: the default filter.
 
-    These are the kernels of dense and convolution layers and the tables of embeddings; biases and
-    the parameters of normalisation have one axis.
+    These are the kernels of dense and convolution layers and the tables of embeddings. Parameters
+    of normalisation have one axis, and so have biases; those of attention have one for the heads as
+    well, so that what is called `bias` is none, whatever its axes.
 
     Example:
       >>> import jax.numpy as jnp
       >>> is_kernel("dense/kernel", jnp.ones((2, 2))), is_kernel("dense/bias", jnp.ones(2))
       (True, False)
+      >>> is_kernel("attention/query/bias", jnp.ones((12, 64)))
+      False
     """
-    del path
-    return is_floating(leaf) and leaf.ndim >= 2
+    return is_floating(leaf) and leaf.ndim >= 2 and path.rpartition("/")[2] != "bias"
 
 
 def _matches(where: Filter) -> Callable[[str, Any], bool]:

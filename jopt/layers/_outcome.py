@@ -20,6 +20,13 @@ from jopt.layers._statistics import InputStatistics
 _UNDIVIDED = 512  # features below which halving the product of a symmetric matrix saves nothing
 
 
+class Unsuited(ValueError):
+    """A method has no way for a kernel of this kind; the message says why.
+
+    Over a tree such a kernel is taken the plain way, and the report says so.
+    """
+
+
 class Outcome(NamedTuple):
     """Say what a method after training has gained over the plain way.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jopt._trees import Filter, is_kernel, map_selected, naming_leaf
-from jopt.layers._outcome import Outcome, mapped, stacked_axes
+from jopt.layers._outcome import Outcome, Unsuited, mapped, stacked_axes
 from jopt.layers._statistics import InputStatistics
 from jopt.quant._by_path import refuse_non_finite
 from jopt.quant._grids import Leaf
@@ -34,7 +34,10 @@ def quantize_leaf(
         depth = stacked_axes(leaf.shape, statistics.gram.shape)
     except ValueError as error:
         return quantize(leaf, spec), f"rounded to nearest: {error}"
-    return mapped(method, spec, depth)(leaf, statistics)
+    try:
+        return mapped(method, spec, depth)(leaf, statistics)
+    except Unsuited as error:
+        return quantize(leaf, spec), f"rounded to nearest: {error}"
 
 
 def quantize_calibrated_params(
@@ -48,8 +51,8 @@ def quantize_calibrated_params(
 
     Leaves of equal shape are compiled once; layers stacked on leading axes, as a scan over layers
     keeps them, are mapped over. A leaf without statistics, or whose statistics are not those of its
-    leading axes (an embedding that is used transposed), is rounded to nearest, and the report says
-    so.
+    leading axes (an embedding that is used transposed), or for which the method has no way (a
+    depthwise kernel cannot be rotated), is rounded to nearest, and the report says so.
 
     Args:
       params: a linen dict, an `nnx.State` or any other pytree; it is not changed.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jopt._arrays import hadamard, materialize
 from jopt._leaves import RotatedTensor
-from jopt.layers._outcome import Outcome, output_error
+from jopt.layers._outcome import Outcome, Unsuited, output_error
 from jopt.layers._statistics import InputStatistics
 from jopt.quant._grids import Leaf
 from jopt.quant._quantize import check_values, quantize
@@ -155,5 +155,5 @@ def hadamard_rotation(
     if weights.ndim < 2:
         raise ValueError(f"weights must have two axes or more, not shape {weights.shape}.")
     if statistics is not None and statistics.gram.ndim > 2:
-        raise ValueError("kernels of grouped convolutions cannot be rotated across their groups.")
+        raise Unsuited("kernels of grouped convolutions cannot be rotated across their groups")
     return _rotate(weights, statistics, spec, method, random_signs(weights.shape[-2], seed))

@@ -17,7 +17,7 @@ from jopt._arrays import materialize
 from jopt._trees import Filter, flatten_with_paths, is_kernel, naming_leaf
 from jopt.layers import Layer, find_layers, layer_inputs
 from jopt.layers._calibrate import map_over, shared_axes, subsample
-from jopt.layers._outcome import Outcome, keep_lower, mapped
+from jopt.layers._outcome import Outcome, Unsuited, keep_lower, mapped
 from jopt.layers._statistics import InputStatistics, InputSums, input_statistics
 from jopt.quant._by_path import refuse_non_finite, selected
 from jopt.quant._calibrated import Method, Report
@@ -194,7 +194,11 @@ def quantize_in_order(
         )
         moments = _moments(inputs, layer.path, max_rows, params, current, data)
         weights = leaves[paths.index(layer.path)]
-        result = mapped(run, spec, len(layer.batch))(weights, moments)
+        try:
+            result = mapped(run, spec, len(layer.batch))(weights, moments)
+        except Unsuited as error:
+            reasons[layer.path] = str(error)
+            continue
         done[layer.path], report[layer.path] = result
     for path, leaf in zip(paths, leaves, strict=True):
         if path in chosen and path not in done:
