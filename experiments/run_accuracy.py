@@ -87,7 +87,7 @@ def _batches(inputs: Any, batch: int) -> list[Any]:
 
 def lenet(smoke: bool, console: Console) -> Network:
     """LeNet-5 on handwritten digits."""
-    data = _data.load_or_exit("mnist", console.print)
+    data = _data.load_saying("mnist", console.print)
     data = _data.head(data, 256) if smoke else data
     model, epochs, batch = _models.LeNet5(), 1 if smoke else 4, 64
 
@@ -113,7 +113,7 @@ def lenet(smoke: bool, console: Console) -> Network:
 
 def convolutional(smoke: bool, console: Console) -> Network:
     """The convolutional network of `quantize_images` on Fashion-MNIST, batch norms folded in."""
-    data = _data.load_or_exit("fashion_mnist", console.print)
+    data = _data.load_saying("fashion_mnist", console.print)
     data = _data.head(data, 256) if smoke else data
     settings = quantize_images.Settings(seeds=(0,), epochs=1 if smoke else 4)
     work = _data.CACHE / "run_accuracy"

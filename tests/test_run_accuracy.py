@@ -40,6 +40,14 @@ def test_a_network_that_cannot_be_had_is_left_out_and_named(monkeypatch):
     assert "Left out: the photos are not there." in console.export_text()
 
 
+def test_a_data_set_that_is_nowhere_leaves_its_network_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(run_accuracy, "NETWORKS", {"one": run_accuracy.convolutional})
+    console = Console(record=True, file=io.StringIO(), width=200)
+    assert list(run_accuracy.rows_of(True, console)) == []
+    assert "Left out: TFDS's fashion_mnist is not prepared in" in console.export_text()
+
+
 def test_decibels_are_of_power():
     expected = np.array([3.0, 4.0])
     assert run_accuracy.decibels(expected, expected) == 200
