@@ -50,6 +50,12 @@ def _apart(outputs: Any, expected: Any) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
+def _work(apply: Callable[..., Any], params: Tree, x: Any, prepared: Tree) -> dict[str, int]:
+    """Return what is read of compressed parameters, and the operations of the plain program."""
+    cost = jax.jit(apply).lower(params, x).cost_analysis()
+    return {"bytes": jopt.nbytes(prepared), "operations": int((cost or {}).get("flops", 0))}
+
+
 def efficientnet(smoke: bool) -> Case:
     """EfficientNet-Lite0, one image; random weights, since only time is asked for."""
     model = _networks.EfficientNetLite0()
@@ -72,7 +78,13 @@ def efficientnet(smoke: bool) -> Case:
     apart = _apart(fast(prepared, x), plain(floats, x))
     others = (("ONNX Runtime float", 0.8),)
     name = "EfficientNet-Lite0, one image"
-    return Case(name, sides, "jopt, W8", 5.0, others, difference=apart)
+    work = _work(model.apply, variables, x, prepared)
+    return Case(name, sides, "jopt, W8", 5.0, others, difference=apart, **work)
+
+
+def _kernels(prepared: Tree) -> Tree:
+    """Return what a sentence reads all of: not the tables of embeddings."""
+    return {"params": {k: v for k, v in prepared["params"].items() if "embedding" not in v}}
 
 
 def minilm(smoke: bool) -> Case:
@@ -83,12 +95,13 @@ def minilm(smoke: bool) -> Case:
     plain = jax.jit(model.apply)
     fast = run.compressed(model.apply, activations="int8")
     sides: dict[str, Any] = {FLOAT: lambda: plain(variables, ids)}
-    apart = 0.0
+    apart, work = 0.0, {}
     for name, spec in {"jopt, W8A8": EIGHT, "jopt, W4-g64 A8": FOUR}.items():
         prepared, floats = _compressed(model.apply, variables, ids, spec, r".*embedding")
         sides[name] = lambda prepared=prepared: fast(prepared, ids)
         if spec is EIGHT:
             apart = _apart(fast(prepared, ids), plain(floats, ids))
+            work = _work(model.apply, variables, ids, _kernels(prepared))
     file = _minilm_onnx()
     if file is not None and not smoke:
         rows = np.asarray(ids, np.int64)
@@ -105,6 +118,7 @@ def minilm(smoke: bool) -> Case:
         2.0,
         (("ONNX Runtime int8", 1.0),),
         difference=apart,
+        **work,
     )
 
 
@@ -142,7 +156,8 @@ def perceptron(batch: int, smoke: bool) -> Case:
     goal = 2.0 if batch <= 16 else 1.0
     name = f"MLP 784-1024-1024-1024-10, batch {batch}"
     others = (("qwix int8", 1.0), ("AQT int8", 1.0))
-    return repeated(Case(name, sides, "jopt, W8A8", goal, others, 4, difference=apart))
+    work = _work(model.apply, variables, x, prepared)
+    return repeated(Case(name, sides, "jopt, W8A8", goal, others, 4, difference=apart, **work))
 
 
 def decoder(smoke: bool) -> Case:
@@ -171,7 +186,9 @@ def decoder(smoke: bool) -> Case:
         run.compressed(logits, activations="int8")(prepared, prompt), logits(floats, prompt)
     )
     name = f"language model, {count} tokens, greedy"
-    return Case(name, sides, "jopt, W4-g64 A8", 4.0, difference=apart)
+    one = _work(logits, params, prompt[:, :1], prepared)
+    work = {part: count * each for part, each in one.items()}
+    return Case(name, sides, "jopt, W4-g64 A8", 4.0, difference=apart, **work)
 
 
 def cases(smoke: bool) -> list[Callable[[], Case]]:

@@ -14,8 +14,8 @@ OURS = "jopt, "
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """Return the table as Markdown: a line for each case."""
     found = [
-        "| what | time | faster than XLA in float32 | than others |",
-        "|---|---|---|---|",
+        "| what | time | faster than XLA in float32 | than others | of reading, multiplying |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         name, own = row["case"], row["ours"].removeprefix(OURS)
@@ -35,7 +35,8 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
         ]
         most = spent[row["ours"]]
         time = f"{most:.0f} us" if most < 1000 else f"{most / 1000:.1f} ms"
-        found.append(f"| {name} | {time} | {cell} | {', '.join(others) or '-'} |")
+        limits = f"{100 * row['of_reading']:.0f} %, {100 * row['of_multiplying']:.0f} %"
+        found.append(f"| {name} | {time} | {cell} | {', '.join(others) or '-'} | {limits} |")
     return found
 
 

@@ -75,9 +75,8 @@ def measure(case: Case, repeats: int, best: dict[str, float]) -> dict[str, Any]:
         },
         "difference": case.difference,
     }
-    if case.bytes:
-        found["of_reading"] = round(case.bytes / own / best["bytes_per_second"], 3)
-        found["of_multiplying"] = round(case.operations / own / best["operations_per_second"], 3)
+    found["of_reading"] = round(case.bytes / own / best["bytes_per_second"], 3)
+    found["of_multiplying"] = round(case.operations / own / best["operations_per_second"], 3)
     found["goals_of_others"] = dict(case.others)
     return found
 

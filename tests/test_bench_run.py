@@ -17,6 +17,7 @@ def test_every_product_is_timed_and_agrees(tmp_path, monkeypatch, capsys):
     for row in results["figures"]:
         assert row["difference"] < (0.02 if "A8" in row["case"] else 1e-5)
         assert row["microseconds"]["XLA float32"] > 0
+        assert row["of_reading"] > 0 and row["of_multiplying"] > 0
     assert "native kernels: JOPT_NATIVE is 0" in capsys.readouterr().out
 
 
@@ -48,12 +49,16 @@ def test_the_table_says_how_fast_each_way_is_and_replaces_the_old_one(tmp_path):
         "ours": "jopt, W8A8",
         "microseconds": {"XLA float32": 4000.0, "jopt, W8A8": 2000.0, "jopt, W8": 1000.0},
         "times_faster": {"XLA float32": 2.0, "jopt, W8": 0.5, "jopt in XLA": 3.0, "Other": 1.25},
+        "of_reading": 0.956,
+        "of_multiplying": 1.5,
     }
     product = {
         "case": "a product",
         "ours": "jopt",
         "microseconds": {"XLA float32": 90.0, "jopt": 30.0},
         "times_faster": {"XLA float32": 3.0},
+        "of_reading": 0.0,
+        "of_multiplying": 0.25,
     }
     readme = tmp_path / "README.md"
     begin, end = _bench_run_report.BEGIN, _bench_run_report.END
@@ -62,7 +67,7 @@ def test_the_table_says_how_fast_each_way_is_and_replaces_the_old_one(tmp_path):
     first, *table, last = readme.read_text().split(f"{begin}\n")[1].splitlines()[1:-1]
     assert first.startswith("|---") and last == end
     assert table == [
-        "| a network (W8A8) | 2.0 ms | 2.00x; W8 4.00x | 1.25x Other |",
-        "| a product | 30 us | 3.00x | - |",
+        "| a network (W8A8) | 2.0 ms | 2.00x; W8 4.00x | 1.25x Other | 96 %, 150 % |",
+        "| a product | 30 us | 3.00x | - | 0 %, 25 % |",
     ]
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("after\n")
