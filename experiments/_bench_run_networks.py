@@ -50,7 +50,7 @@ def _apart(outputs: Any, expected: Any) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def _work(apply: Callable[..., Any], params: Tree, x: Any, prepared: Tree) -> dict[str, int]:
+def _work(apply: Callable[..., Any], params: Tree, x: Any, prepared: Tree) -> dict[str, Any]:
     """Return what is read of compressed parameters, and the operations of the plain program."""
     cost = jax.jit(apply).lower(params, x).cost_analysis()
     return {"bytes": jopt.nbytes(prepared), "operations": int((cost or {}).get("flops", 0))}

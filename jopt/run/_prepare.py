@@ -230,7 +230,8 @@ def prepare(
 
     Of float32 kernels, and of integers and codebooks in products of matrices, inputs and outputs
     that are zeros are left out, where at most half of the weights are left: what `jopt.prune`
-    empties by whole units is not multiplied, in the shapes that the model has.
+    empties by whole units is not multiplied, in the shapes that the model has. (Nor are zeros by
+    inputs that are not finite, which would make outputs NaN.)
 
     Args:
       apply: `(params, *args) -> outputs`, any pure function.

@@ -173,7 +173,9 @@ class _Units:
         self.inputs = units(used.reshape(-1, window, channels).any(axis=(0, 1)))
         self.part = self.outputs.size * self.inputs.size / (self._outputs * channels)
 
-    def around(self, matrix: Matrix, like: Matrix | dict[str, Any]) -> NarrowMatrix:
+    def around(
+        self, matrix: Matrix, trailing: tuple[int, ...], contracted: tuple[int, ...]
+    ) -> NarrowMatrix:
         """Return the whole of a kernel, of which `matrix` has these units."""
         kept = None if self.inputs.size == self._all else jnp.asarray(self.inputs, jnp.int32)
         places = None
@@ -181,9 +183,7 @@ class _Units:
             found = np.full(self._outputs, self.outputs.size, np.int32)
             found[self.outputs] = np.arange(self.outputs.size)
             places = jnp.asarray(found)
-        if isinstance(like, Matrix):
-            like = {"trailing": like.trailing, "contracted": like.contracted}
-        return NarrowMatrix(matrix, kept, places, like["trailing"], like["contracted"])
+        return NarrowMatrix(matrix, kept, places, trailing, contracted)
 
 
 def pruned(leaf: Any, axes: Axes, window: int, sparse: float | None) -> Matrix | None:
@@ -206,15 +206,13 @@ def pruned(leaf: Any, axes: Axes, window: int, sparse: float | None) -> Matrix |
     units, count = _Units(used, window), np.count_nonzero(used)
     within = 1 - count / (units.part * rows.size)
     if units.part <= NARROW and (window > 1 or sparse is None or within < sparse):
-        statics = axes.statics(values.shape, values.dtype)
+        contracted = axes.statics(values.shape, values.dtype)["contracted"]
         if window > 1:
-            inner = FloatMatrix(
-                jnp.asarray(values[..., units.inputs, :][..., units.outputs]),
-                contracted=statics["contracted"],
-            )
+            left = values[..., units.inputs, :][..., units.outputs]
+            inner = FloatMatrix(jnp.asarray(left), contracted)
         else:
             inner = FloatMatrix(jnp.asarray(rows[units.outputs][:, units.inputs].T.copy()))
-        return units.around(inner, statics)
+        return units.around(inner, values.shape, contracted)
     enough = window == 1 and sparse is not None and 1 - count / rows.size >= sparse
     return sparse_matrix(values, axes) if enough else None
 
@@ -245,5 +243,4 @@ def narrowed(matrix: Matrix) -> Matrix:
     elif size < matrix.inputs:
         about["packed"] = pack4(inner.codes()[:, units.inputs].astype(jnp.int32))
         about["group"] = -(-size // BLOCK) * BLOCK
-    inner = inner.replace(**about)
-    return units.around(inner, matrix)
+    return units.around(inner.replace(**about), matrix.trailing, matrix.contracted)
