@@ -62,8 +62,8 @@ def pool_scores(
     Args:
       scores: a tree of scores.
       block: the shape of a block.
-      where: which leaves to pool, a regex on the path or a predicate; by default the leaves of two
-        or more axes.
+      where: which leaves to pool, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
       reduce: `(values, axis=axes) -> values` without these axes: `jnp.mean`, `jnp.max`,
         `jnp.sum` or your own. Keep the function: a new one compiles anew.
 
@@ -121,8 +121,8 @@ def block_topk_masks(
         `select` takes.
       block: the shape of a block: `(1,)` an output channel, `(1, -1)` an input channel, more in
         `pool_scores`.
-      where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
-        two or more axes.
+      where: which leaves to prune, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
       reduce: how scores of a block become one.
       select: `(scores, sparsity, where=where) -> masks`; by default `topk_masks` with `min_kept=1`,
         so that a layer which would lose every block is an error.

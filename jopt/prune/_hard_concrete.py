@@ -144,7 +144,8 @@ def l0_init(
     Args:
       key: a key from `jax.random.key`; log_alpha gets normal noise of deviation 0.01.
       params: any pytree of arrays.
-      where: which leaves, a regex on the path or a predicate; by default those of two or more axes.
+      where: which leaves, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
       shape: from a leaf to the shape of its gates: `one_each` weight, `one_per_output`,
         `one_per_input` or your own, which broadcasts against the leaf.
       closed: the paper's rate of dropout at the start, above 0 and below 1.

@@ -128,8 +128,8 @@ def topk_masks(
       sparsity: fraction to prune, 0 to 1; a number, or a traced scalar (then clipped). Or one
         for each leaf: a dict from paths, as the budgets make it, or a tree; entries of leaves that
         are not chosen are ignored.
-      where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
-        two or more axes.
+      where: which leaves to prune, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
       min_kept: how many elements every leaf must keep: fewer are an error, or, where the sparsity
         is traced, not pruned. With 0 a layer may be lost.
 
@@ -173,8 +173,8 @@ def global_topk_masks(
     Args:
       scores: a tree of scores, higher keeps, comparable between leaves.
       sparsity: fraction to prune, 0 to 1; a number, or a traced scalar (then clipped).
-      where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
-        two or more axes.
+      where: which leaves to prune, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
       min_kept: how many elements every leaf keeps, its highest, before leaves compete for the
         rest. 1 makes sure that no layer is lost.
 
@@ -303,7 +303,7 @@ def sparsity(params: Any, where: Filter = _is_weight) -> jax.Array:
 
     Args:
       params: any pytree of arrays and compressed leaves.
-      where: which leaves count; by default compressed ones and those of two or more axes.
+      where: which leaves count; by default compressed ones and those that `is_kernel` takes.
 
     Returns:
       A float32 scalar in [0, 1].

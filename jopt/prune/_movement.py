@@ -80,8 +80,8 @@ def soft_movement_masks(
     Args:
       scores: a tree of scores, higher keeps.
       threshold: between 0 and 1, a Python number or a traced scalar.
-      where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
-        two or more axes.
+      where: which leaves to prune, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
 
     Returns:
       A tree of booleans: full-shape masks for the chosen leaves, a scalar True for the others.
@@ -122,7 +122,7 @@ def movement_penalty(scores: Any, where: Filter = is_kernel) -> jax.Array:
 
     Args:
       scores: a tree of scores.
-      where: which leaves count; by default those of two or more axes.
+      where: which leaves count; by default those that `is_kernel` takes.
 
     Returns:
       A float32 scalar between 0 and 1, with gradients.

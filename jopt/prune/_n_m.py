@@ -135,8 +135,8 @@ def n_m_masks(
       m: how many make a group, at least 1.
       axis: along which axis groups run, or a function `(path, scores) -> axis`; by default the
         inputs of a kernel, the last axis but one.
-      where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
-        two or more axes.
+      where: which leaves to prune, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
 
     Returns:
       A tree of booleans: full-shape masks, a scalar True for leaves not chosen or skipped; and

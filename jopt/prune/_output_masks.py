@@ -25,8 +25,8 @@ def output_topk_masks(
     Args:
       scores: a tree of scores, higher keeps.
       sparsity: fraction to prune, 0 to 1; a number, or a traced scalar (then clipped).
-      where: which leaves to prune, a regex on the path or a predicate; by default the leaves of
-        two or more axes.
+      where: which leaves to prune, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
       axis: the axis of outputs, -1 in kernels of dense layers and convolutions; or several, as
         `(-2, -1)` where an attention's outputs are (heads, dimensions), `(0, -1)` where layers are
         stacked on the first.

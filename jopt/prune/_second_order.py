@@ -79,8 +79,8 @@ def prune_calibrated_params(
       sparsity: fraction to prune or a pattern (n, m), for every leaf or by path.
       method: `(weights, statistics, sparsity) -> (weights, mask, Outcome)`: `sparse_gpt`, `obc` or
         one with its own options.
-      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default the
-        floating-point leaves of two or more axes.
+      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default
+        those that `is_kernel` takes.
 
     Returns:
       The pruned tree; a tree of masks, a scalar True for leaves not chosen or left dense; and a

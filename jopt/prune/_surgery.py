@@ -118,7 +118,8 @@ def network_surgery(
       key: a key from `jax.random.key`; update t uses `fold_in(key, t)`.
       multiplier: c of `surgery_threshold`, or a function of path and leaf that gives it.
       probability: from updates to probability, falling; 0 ends the surgery.
-      where: which leaves, a regex on the path or a predicate; by default those of two or more axes.
+      where: which leaves, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
 
     Returns:
       An optax transform, at any place of a chain; its state is a `SurgeryState`.

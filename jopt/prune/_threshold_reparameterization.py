@@ -43,7 +43,8 @@ def str_init(
       params: any pytree of arrays.
       initial: s at the start, well below zero so that nothing much is pruned; at -10 the threshold
         is 4.5e-5. The paper starts as low as -12800, where only the decay moves s at first.
-      where: which leaves, a regex on the path or a predicate; by default those of two or more axes.
+      where: which leaves, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
       shape: from a leaf to the shape of its thresholds: `one_per_layer`, `one_per_output` or
         your own, which broadcasts against the leaf.
 

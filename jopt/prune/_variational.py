@@ -73,7 +73,8 @@ def variational_init(
     Args:
       params: any pytree of arrays; they become the means.
       initial: log sigma^2 at the start; -10 in the authors' code: hardly any noise.
-      where: which leaves, a regex on the path or a predicate; by default those of two or more axes.
+      where: which leaves, a regex on the path or a predicate; by default
+        those that `is_kernel` takes.
       shape: from a leaf to the shape of its variances: `one_each` weight as in the paper, or one
         that broadcasts against the leaf.
 

@@ -42,7 +42,8 @@ def wanda_scores(
       params: a linen dict, an `nnx.State` or any other pytree.
       statistics: by path, from `jopt.layers.calibrate(apply, params, batches)`; with an axis in
         front for stacked layers, and for the groups of a grouped convolution.
-      where: which leaves to score so; by default those of two or more axes. Others get magnitudes.
+      where: which leaves to score so; by default
+        those that `is_kernel` takes. Others get magnitudes.
 
     Returns:
       A tree of scores in float32 or wider, infinity for leaves that are not floating-point; and a

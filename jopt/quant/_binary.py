@@ -221,8 +221,8 @@ def binarize_params(params: Any, block: tuple[int, ...] = (1,), where: Filter = 
     Args:
       params: a linen dict, an `nnx.State` or any other pytree; it is not changed.
       block: which weights share a scale, as for `binarize`.
-      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default the
-        floating-point leaves of two or more axes.
+      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default
+        those that `is_kernel` takes.
 
     Returns:
       The tree with a `BitTensor` at each chosen leaf.

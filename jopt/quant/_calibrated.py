@@ -61,8 +61,8 @@ def quantize_calibrated_params(
       method: `(weights, statistics, spec) -> (leaf, Outcome)`: `gptq`, `awq`, `smooth_quant`,
         `adaround`, or one with its own options. Define such a function once: each new one
         compiles anew.
-      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default the
-        floating-point leaves of two or more axes.
+      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default
+        those that `is_kernel` takes.
 
     Returns:
       The tree with a compressed leaf at each chosen place, and a report: for each chosen path its

@@ -30,8 +30,8 @@ def init_steps(
     Args:
       params: a linen dict, an `nnx.State` or any other pytree.
       spec: bits and block.
-      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default the
-        floating-point leaves of two or more axes.
+      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default
+        those that `is_kernel` takes.
       init: `(values, spec) -> step`: `lsq_init`, `lsq_init_mse` (for pruned kernels),
         `lsq_plus_init_weights`, or anything that the quantizer takes as its step.
 

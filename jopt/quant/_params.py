@@ -17,8 +17,8 @@ def quantize_params(params: Any, spec: QuantSpec, where: Filter = is_kernel) -> 
     Args:
       params: a linen dict, an `nnx.State` or any other pytree; it is not changed.
       spec: bits, block, range and grid.
-      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default the
-        floating-point leaves of two or more axes.
+      where: a regex on the path or a predicate `(path, leaf) -> bool`; by default
+        those that `is_kernel` takes.
 
     Returns:
       The tree with a `QTensor` at each chosen leaf.

@@ -145,7 +145,7 @@ def quantize_in_order(
         argument. All of them are kept while this runs.
       spec: bits, block, range and grid.
       method: `(weights, statistics, spec) -> (leaf, Outcome)`, as `gptq`.
-      where: which leaves; by default the floating-point leaves of two or more axes.
+      where: which leaves; by default those that `is_kernel` takes.
       damping: how strongly a corrected kernel is held to the float one, as a share of the mean of
         gram's diagonal.
       max_rows: if given, about so many evenly spaced rows of each batch are used for each layer.

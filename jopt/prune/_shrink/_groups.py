@@ -165,7 +165,7 @@ def unit_scores(
     Args:
       groups: from `find_groups`.
       scores: a tree like the parameters, of any criterion; higher keeps.
-      where: which parameters count; by default those of two or more axes.
+      where: which parameters count; by default those that `is_kernel` takes.
       combine: `(members, units) -> (units,)`; the mean over members by default.
 
     Returns:
