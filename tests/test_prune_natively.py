@@ -13,7 +13,6 @@ import pytest
 from jopt import prune
 from jopt.prune import _natively
 from tests.conftest import (
-    SANITIZED,
     needs_arm,
     needs_compiler,
     run_check,
@@ -23,8 +22,8 @@ from tests.conftest import (
 
 
 @needs_compiler
-def test_the_kernel_reads_and_writes_its_arrays_alone(tmp_path):
-    flags = ["-O1", *SANITIZED]
+def test_the_kernel_reads_and_writes_its_arrays_alone(sanitized, tmp_path):
+    flags = ["-O1", *sanitized]
     run_check("select_check.cc", "jopt/prune/native", flags, tmp_path / "check")
 
 

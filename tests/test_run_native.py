@@ -17,7 +17,6 @@ from jopt.run import _build, _forms, _native
 from jopt.run._packing import into_panels, out_of_panels, rows_at
 from tests.conftest import (
     COMPILER,
-    SANITIZED,
     needs_arm,
     needs_compiler,
     run_check,
@@ -408,9 +407,10 @@ def test_many_callers_at_once_all_come_back(native):
 
 @needs_compiler
 @pytest.mark.parametrize("kind", ["for this machine, sanitized", "portable"])
-def test_no_kernel_reads_or_writes_beyond_its_arrays(kind, tmp_path):
-    native = ["-march=native", *SANITIZED]
-    flags = ["-O0", *(["-DJOPT_PORTABLE"] if kind == "portable" else native)]
+def test_no_kernel_reads_or_writes_beyond_its_arrays(kind, request, tmp_path):
+    flags = ["-O0", "-DJOPT_PORTABLE"]
+    if kind != "portable":
+        flags = ["-O0", "-march=native", *request.getfixturevalue("sanitized")]
     run_check("native_check.cc", "jopt/run/native", flags, tmp_path / "check")
 
 

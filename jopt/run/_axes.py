@@ -3,9 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jopt.layers import Layer
 
@@ -25,8 +23,11 @@ class Axes(NamedTuple):
         """Return the axes in the order of the matrix: stacked, outputs, inputs."""
         return [axis for axis in range(rank) if axis not in self.contracted] + [*self.contracted]
 
-    def as_matrix(self, array: jax.Array) -> jax.Array:
-        """Lay an array of the kernel's shape out as `(stacked..., outputs, inputs)`."""
+    def as_matrix(self, array: Any) -> Any:
+        """Lay an array of the kernel's shape out as `(stacked..., outputs, inputs)`.
+
+        What NumPy holds stays with NumPy.
+        """
         inputs = math.prod(array.shape[axis] for axis in self.contracted)
         stacked = array.shape[: self.stacked]
         outputs = math.prod(
@@ -36,11 +37,6 @@ class Axes(NamedTuple):
         )
         moved = array.transpose(self.order(array.ndim))
         return moved.reshape(*stacked, outputs, inputs)
-
-    def as_rows(self, array: np.ndarray) -> np.ndarray:
-        """Do the same on the host, where no axis stacks kernels: `(outputs, inputs)`."""
-        inputs = math.prod(array.shape[axis] for axis in self.contracted)
-        return array.transpose(self.order(array.ndim)).reshape(-1, inputs)
 
     def statics(self, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
         """Return what a matrix says of the kernel."""

@@ -260,8 +260,10 @@ def _window(
 def _float_conv(use: Use, equation: core.JaxprEqn, values: list[Any]) -> tuple[Any, str]:
     """Convolve floats in the fastest way."""
     x, kernel = values
+    if _aval_of(equation).dtype != jnp.float32:
+        return None, PLAIN_CONV
     form = _conv_form(use, x, kernel)
-    if form.name == PLAIN_CONV or _aval_of(equation).dtype != jnp.float32:
+    if form.name == PLAIN_CONV:
         return None, PLAIN_CONV
     return _held_back(equation, form.product, form.ended, (x, kernel)), form.name
 
@@ -342,12 +344,12 @@ def run_use(
         why = obstacle(use, leaf)
         if not why:
             x = values[use.side]
-            if _convolutions.wide_window(layer) and isinstance(leaf, NarrowMatrix):
-                out, name = _narrow_conv(use, equation, leaf, x)
-            elif _convolutions.wide_window(layer):
-                out, name, why = _window(use, equation, leaf, x)
-            else:
+            if not _convolutions.wide_window(layer):
                 out, name = _matrix_product(use, equation, leaf, x, rounded)
+            elif isinstance(leaf, NarrowMatrix):
+                out, name = _narrow_conv(use, equation, leaf, x)
+            else:
+                out, name, why = _window(use, equation, leaf, x)
             return [out], Choice(use, name, why)
     if layer.kind == "conv":
         out, name = _float_conv(use, equation, values)

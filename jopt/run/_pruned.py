@@ -137,7 +137,7 @@ def sparse_matrix(kernel: ArrayLike, axes: Axes) -> SparseMatrix:
       Array([3., 2.], dtype=float32)
     """
     array = np.asarray(kernel)
-    matrix = axes.as_rows(array)
+    matrix = axes.as_matrix(array)
     inputs = matrix.shape[1]
     outputs, columns = np.nonzero(matrix)
     blocks = max(1, -(-inputs // SPARSE_BLOCK))
@@ -201,7 +201,7 @@ def pruned(leaf: Any, axes: Axes, window: int, sparse: float | None) -> Matrix |
     values = known_values(leaf)
     if values is None or axes.stacked or leaf.dtype != jnp.float32 or not values.size:
         return None
-    rows = axes.as_rows(values)
+    rows = axes.as_matrix(values)
     used = rows != 0
     units, count = _Units(used, window), np.count_nonzero(used)
     within = 1 - count / (units.part * rows.size)

@@ -109,12 +109,9 @@ constexpr int64_t kManyRows = 8;  // from which on packing codebooks into panels
 JOPT_INLINE B b_shifted(B codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
 JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return _mm256_dpbusd_epi32(sum, codes, x); }
 #else
-constexpr int32_t kShift = 0;
 constexpr int kInt8Rows = 4, kInt4Rows = 2;
 constexpr int kFloatRows = 6, kFloatPanels = 1;
 constexpr int64_t kManyRows = 16;
-JOPT_INLINE B b_shifted(B codes) { return codes; }
-JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
 #endif
 
 // The products of blocks of nibbles in [0, 15] and activations: 4 * 15 * 127 fits int16.

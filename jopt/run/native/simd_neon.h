@@ -156,12 +156,9 @@ JOPT_INLINE int32x4_t dot(int32x4_t sum, uint8x16_t codes, uint8x16_t x) {
 JOPT_INLINE I dot8(I sum, B codes, B x) {
   return {{dot(sum.half[0], codes.half[0], x.half[0]), dot(sum.half[1], codes.half[1], x.half[1])}};
 }
-constexpr int32_t kShift = 0;
 constexpr int kInt8Rows = 4, kInt4Rows = 4;  // whose sums fit in registers
 constexpr int kFloatRows = 6, kFloatPanels = 1;
 constexpr int64_t kManyRows = 16;  // from which on packing codebooks into panels pays
-JOPT_INLINE B b_shifted(B codes) { return codes; }
-JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
 JOPT_INLINE I dot4(I sum, B codes, B x) { return dot8(sum, codes, x); }
 JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
   return dot8(dot8(sum, low, x_low), high, x_high);

@@ -133,12 +133,9 @@ JOPT_INLINE I dot8(I sum, B codes, B x) {
   for (int i = 0; i < 32; ++i) sum.v[i / 4] += products[i];
   return sum;
 }
-constexpr int32_t kShift = 0;
 constexpr int kInt8Rows = 4, kInt4Rows = 2;
 constexpr int kFloatRows = 6, kFloatPanels = 1;
 constexpr int64_t kManyRows = 16;
-JOPT_INLINE B b_shifted(B codes) { return codes; }
-JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
 JOPT_INLINE I dot4(I sum, B codes, B x) { return dot8(sum, codes, x); }
 JOPT_INLINE I dot4(I sum, B low, B x_low, B high, B x_high) {
   return dot8(dot8(sum, low, x_low), high, x_high);

@@ -51,6 +51,11 @@ JOPT_INLINE WI wi_dot4(WI sum, WB low, WB x_low, WB high, WB x_high) {
 
 #else
 
+// Codes lie as they are.
+constexpr int32_t kShift = 0;
+JOPT_INLINE B b_shifted(B codes) { return codes; }
+JOPT_INLINE I dot_shifted(I sum, B codes, B x) { return dot8(sum, codes, x); }
+
 struct WF {
   F half[2];
 };
