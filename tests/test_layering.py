@@ -1,11 +1,16 @@
 """Imports point one way, and `import jopt` stays light."""
 
 import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
+import tomllib
+import warnings
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +59,38 @@ def test_a_module_imports_only_what_lies_below_it(file):
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_stay_short(file):
     assert len(file.read_text().splitlines()) <= 400
+
+
+def taken_from_jax(file):
+    """List the names of JAX that a file reads, such as `jax.ffi.ffi_call`."""
+    short = {"jax": "jax", "lax": "jax.lax", "jnp": "jax.numpy"}
+    yield from (name for name in imports_of(file) if name.startswith("jax."))
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute):
+            root, *parts = ast.unparse(node).split(".")
+            if root in short and all(map(str.isidentifier, parts)):
+                yield ".".join([short[root], *parts])
+
+
+def test_jax_is_as_new_as_is_asked_and_has_every_name_that_is_taken():
+    """Say at once which public name a version of JAX has lost, or is about to lose."""
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (least,) = (each.partition(">=")[2] for each in asked if re.match(r"jax\b", each))
+    assert jax.__version_info__ >= tuple(map(int, least.split(".")))
+    names = {name for file in MODULES for name in taken_from_jax(file)}
+    assert {"jax.extend.core", "jax.ffi.include_dir", "jax.lax.optimization_barrier"} <= names
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        for name in names:
+            module, *parts = name.split(".")
+            found = importlib.import_module(module)
+            for part in parts:
+                module = f"{module}.{part}"
+                if not hasattr(found, part):
+                    importlib.import_module(module)
+                found = getattr(found, part)
+                if not inspect.ismodule(found):
+                    break  # what an object has is its own
 
 
 def test_import_jopt_stays_light():
