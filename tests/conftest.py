@@ -127,9 +127,15 @@ def sanitized(tmp_path_factory):
     return SANITIZED
 
 
+LOADS = (_native.load, _natively._loaded, _build._loaded)
+
+
 @contextmanager
-def switched(*loads, **environment):
-    """Set variables of the environment, or take away those that are None, for what loads anew."""
+def switched(**environment):
+    """Set variables of the environment, or take away those that are None; all loads anew in it.
+
+    And all loads anew after it: one file's answers are no other file's.
+    """
     before = {name: os.environ.get(name) for name in environment}
 
     def put(values):
@@ -137,19 +143,21 @@ def switched(*loads, **environment):
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        for load in loads:
+        for load in LOADS:
             load.cache_clear()
 
     put(environment)
-    yield
-    put(before)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
     """Run native kernels, compiled into a folder of the tests' own; by default XLA does all."""
     folder = str(tmp_path_factory.getbasetemp() / "native")
-    with switched(_build._loaded, JOPT_NATIVE=None, JOPT_CACHE=folder):
+    with switched(JOPT_NATIVE=None, JOPT_CACHE=folder):
         assert run.native_problem() is None
         yield
 
@@ -157,7 +165,7 @@ def native(tmp_path_factory):
 @pytest.fixture(scope="module")
 def native_codec():
     """Code files natively where there is a compiler, which is faster; by default NumPy does."""
-    with switched(_native.load, JOPT_NATIVE="codec"):
+    with switched(JOPT_NATIVE="codec"):
         yield
 
 
@@ -169,7 +177,7 @@ def selection(request, tmp_path_factory):
     jax.clear_caches()
     folder = str(tmp_path_factory.getbasetemp() / "native")
     switch = None if request.param == "by kernel" else "0"
-    with switched(_natively._loaded, JOPT_NATIVE=switch, JOPT_CACHE=folder):
+    with switched(JOPT_NATIVE=switch, JOPT_CACHE=folder):
         assert (_natively.problem() is None) == (request.param == "by kernel")
         yield request.param
 

@@ -10,7 +10,7 @@ from jopt import codec
 from jopt.codec import CodecError, _coding, _native, _sections
 from jopt.codec._grids import Lags, grid_of
 from jopt.codec._words import word_dtype
-from tests.conftest import COMPILER, SANITIZED, needs_arm, run_check, run_check_for_arm
+from tests.conftest import COMPILER, SANITIZED, needs_arm, run_check, run_check_for_arm, switched
 from tests.test_codec import assert_same_bits
 from tests.test_codec_corruption import golden_tree
 
@@ -116,15 +116,12 @@ def test_small_arrays_wait_for_a_large_one(native_codec):
     assert isinstance(_coding.reader_for(1, b""), _coding.NativeReader)
 
 
-def test_without_a_compiler_numpy_codes(native_codec, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    _native.load.cache_clear()
-    assert "no C++ compiler was found" in str(_native.load())
-    tree = {"kernel": jax.random.normal(jax.random.key(0), (300, 300))}
-    codec.save(tmp_path / "tree.jopt", tree)
-    assert_same_bits(codec.load(tmp_path / "tree.jopt"), tree)
-    _native.load.cache_clear()
+def test_without_a_compiler_numpy_codes(native_codec, tmp_path):
+    with switched(PATH="", CXX=None):
+        assert "no C++ compiler was found" in str(_native.load())
+        tree = {"kernel": jax.random.normal(jax.random.key(0), (300, 300))}
+        codec.save(tmp_path / "tree.jopt", tree)
+        assert_same_bits(codec.load(tmp_path / "tree.jopt"), tree)
 
 
 def test_wrong_sizes_are_refused_before_a_byte_is_touched(native_codec):

@@ -36,7 +36,7 @@ def test_the_kernel_runs_right_in_an_emulator_of_arm(tmp_path):
 def kernel(tmp_path_factory):
     jax.clear_caches()
     folder = str(tmp_path_factory.getbasetemp() / "native")
-    with switched(_natively._loaded, JOPT_NATIVE=None, JOPT_CACHE=folder):
+    with switched(JOPT_NATIVE=None, JOPT_CACHE=folder):
         assert _natively.problem() is None
         yield
     jax.clear_caches()
@@ -113,12 +113,10 @@ def test_wrong_operands_are_refused_before_they_are_read(kernel):
             jax.block_until_ready(call(*operands, made=made))
 
 
-def test_without_a_compiler_xla_counts(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with switched(_natively._loaded, JOPT_NATIVE=None):
+def test_without_a_compiler_xla_counts():
+    with switched(JOPT_NATIVE=None, PATH="", CXX=None):
         assert "no C++ compiler was found" in str(_natively.problem())
         masks = prune.topk_masks({"kernel": jnp.arange(12.0).reshape(4, 3)}, 0.75)
         assert int(masks["kernel"].sum()) == 3
-    with switched(_natively._loaded, JOPT_NATIVE="0"):
+    with switched(JOPT_NATIVE="0"):
         assert _natively.problem() == "JOPT_NATIVE is 0"

@@ -21,6 +21,7 @@ from tests.conftest import (
     needs_compiler,
     run_check,
     run_check_for_arm,
+    switched,
 )
 from tests.test_run import MAKERS, _tree, apply, reference
 
@@ -295,7 +296,7 @@ def test_convolutions_run_by_kernels_and_have_derivatives(native, form):
 
 @needs_compiler
 @pytest.mark.parametrize("spec", [quant.QuantSpec(8), quant.QuantSpec(8, grid=quant.affine)])
-def test_convolutions_with_windows_run_by_codes(native, spec, monkeypatch):
+def test_convolutions_with_windows_run_by_codes(native, spec):
     module = linen.Conv(21, (3, 2), (2, 1), padding=((1, 0), (2, 1)))
     x = jax.random.normal(jax.random.key(0), (2, 7, 9, 5))
     params = module.init(jax.random.key(1), x)
@@ -316,16 +317,11 @@ def test_convolutions_with_windows_run_by_codes(native, spec, monkeypatch):
     copies = jnp.stack([x, 2 * x])
     expected = jax.vmap(module.apply, (None, 0))(floats, copies)
     chex.assert_trees_all_close(jax.vmap(fast, (None, 0))(ready, copies), expected, atol=1e-5)
-    monkeypatch.setenv("JOPT_NATIVE", "0")  # a tree that was prepared where there was a compiler
-    _build._loaded.cache_clear()
-    try:
+    with switched(JOPT_NATIVE="0"):  # a tree that was prepared where there was a compiler
         chex.assert_trees_all_close(
             run.compressed(module.apply)(ready, x), module.apply(floats, x), atol=1e-5
         )
         assert run.explain(module.apply, ready, x).rows[0].form == "XLA, convolution"
-    finally:
-        monkeypatch.delenv("JOPT_NATIVE")
-        _build._loaded.cache_clear()
 
 
 @needs_compiler
@@ -352,12 +348,8 @@ def test_convolutions_that_no_kernel_computes_are_left_to_xla(native, more):
     chex.assert_trees_all_close(outputs, module.apply(params, x), atol=1e-5)
 
 
-def test_without_a_compiler_everything_runs_and_says_so(monkeypatch):
-    monkeypatch.delenv("JOPT_NATIVE", raising=False)
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    _build._loaded.cache_clear()
-    try:
+def test_without_a_compiler_everything_runs_and_says_so():
+    with switched(JOPT_NATIVE=None, PATH="", CXX=None):
         x = jnp.ones((1, 64))
         params = _tree(MAKERS["int8"])
         assert "no C++ compiler was found" in str(run.native_problem())
@@ -365,23 +357,16 @@ def test_without_a_compiler_everything_runs_and_says_so(monkeypatch):
         assert "no C++ compiler was found" in str(found)
         outputs = run.compressed(apply)(run.prepare(apply, params, x), x)
         np.testing.assert_allclose(outputs, reference(params, x), rtol=2e-5, atol=2e-5)
-    finally:
-        _build._loaded.cache_clear()
 
 
-def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+def test_a_compiler_that_fails_is_quoted(tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'what is this' >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.delenv("JOPT_NATIVE", raising=False)
-    monkeypatch.setenv("CXX", str(broken))
-    monkeypatch.setenv("JOPT_CACHE", str(tmp_path / "cache"))
-    _build._loaded.cache_clear()
-    try:
+    cache = str(tmp_path / "cache")
+    with switched(JOPT_NATIVE=None, CXX=str(broken), JOPT_CACHE=cache):
         assert run.native_problem() == f"{broken} failed: what is this"
         assert list((tmp_path / "cache").iterdir()) == []
-    finally:
-        _build._loaded.cache_clear()
 
 
 @needs_compiler
