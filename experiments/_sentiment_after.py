@@ -142,17 +142,7 @@ def measure(
     for form, pattern in PATTERNS.items():
         for criterion in _post_training.CRITERIA:
             scores.add("pruned", form, criterion, partial(less, pattern, criterion))
-
-    def sides() -> dict[str, tuple[Any, Tree]]:
-        sparse = less(0.8, "SparseGPT")[0]
-        return {
-            "float": (run.predict, teacher()),
-            "W8A8": (run.rounding, run.laid_out(eight(RUNNING)[0])),
-            "W4A8, AWQ": (run.rounding, run.laid_out(four()[0])),
-            "80 %, SparseGPT": (jopt.run.compressed(run.logits), run.laid_out(sparse)),
-        }
-
-    return scores.measured(sides)
+    return scores.measured()
 
 
 def _with(static: Any, extras: Any, params: Tree, ids: np.ndarray, real: np.ndarray) -> Array:

@@ -195,7 +195,10 @@ class Measured:
 
 
 class Scores:
-    """Scores of the networks of one seed as their files give them back; finished ones are read."""
+    """The networks of one seed: scored as their files give them back, and timed in `jopt.run`.
+
+    Finished scores and times are read.
+    """
 
     def __init__(
         self, run: Run, part: str, seed: int, held: _parts.Held, listed: tuple[str, ...]
@@ -204,6 +207,7 @@ class Scores:
         self.run, self.seed = run, seed
         known = held.rows(seed, listed), held.facts(seed)
         self.rows = _rows.Rows(run.work / f"{part}-{seed}.json", SAME, *known)
+        self._sides: dict[str, Callable[[], tuple[Any, Tree]]] = {}
 
     def add(
         self, kind: str, form: str, method: str, make: Callable[[], Made], coded: bool = False
@@ -229,35 +233,29 @@ class Scores:
             self.run.say(f"seed {self.seed}: {words}: {size:,} bytes, {validation}")
             return {"bytes": size} | more | found
 
+        def side() -> tuple[Any, Tree]:
+            tree, _, predict = make()
+            if kind == "float":
+                return self.run.predict, tree
+            laid_out = self.run.laid_out(tree, None if coded else predict)
+            return (predict if coded else jopt.run.compressed(predict or self.run.logits)), laid_out
+
         self.rows.add(about, measured)
+        self._sides["float" if kind == "float" else f"{form}, {method}"] = side
 
-    def measured(self, sides: Callable[[], Mapping[str, tuple[Any, Tree]]]) -> Measured:
-        """Return all rows, and how to time some of the networks.
+    def measured(self) -> Measured:
+        """Return all rows, and how to time their networks, whose trees are made again for that."""
 
-        Args:
-          sides: returns what `Run.latencies` takes.
-        """
+        def times(repeats: int) -> Latencies:
+            return self.run.latencies({name: side() for name, side in self._sides.items()}, repeats)
 
         def latencies(repeats: int) -> Latencies:
-            return self.rows.once("latency_ms", lambda: self.run.latencies(sides(), repeats))
+            known = set(self.rows.done.get("latency_ms", {}))
+            if known != set(self._sides):  # other networks were timed together
+                self.rows.done.pop("latency_ms", None)
+            return self.rows.once("latency_ms", lambda: times(repeats))
 
         return Measured(self.rows.list(), latencies)
-
-    def made(
-        self, whole: Tree, made: Mapping[tuple[str, str, str], Callable[[], Made]]
-    ) -> dict[str, tuple[Any, Tree]]:
-        """Return what `Run.latencies` takes, of the whole network in XLA and of others in jopt.run.
-
-        Args:
-          whole: its parameters.
-          made: by kind, form and method, what `add` takes; trained ones are read.
-        """
-        sides: dict[str, Any] = {"float": (self.run.predict, whole)}
-        for (_, form, method), make in made.items():
-            tree, _, predict = make()
-            laid_out = self.run.laid_out(tree, predict)
-            sides[f"{form}, {method}"] = jopt.run.compressed(predict or self.run.logits), laid_out
-        return sides
 
 
 def _padding(tokens: _bert.Tokens) -> int:
