@@ -199,46 +199,34 @@ def cases(smoke: bool) -> list[Callable[[], Case]]:
     def four(kernel: jax.Array) -> Any:
         return quant.quantize(kernel, quant.QuantSpec(4, (64, 1)))
 
+    def few(kernel: jax.Array) -> Any:
+        return eight(_pruned(kernel))
+
     ort4 = ("ONNX Runtime MatMulNBits", peers.ort_int4, peers.HAS_ORT, 1.1)
     ort8 = ("ONNX Runtime int8", peers.ort_int8, peers.HAS_ORT, 1.0)
     csr = ("PyTorch CSR", peers.torch_sparse, peers.HAS_TORCH, 1.8)
-    large, small = (1, 4096, 4096), (1, 1024, 1024)
+    csr_cold = (*csr[:3], 3.0)
+    large, small, many = (1, 4096, 4096), (1, 1024, 1024), (32, 1024, 1024)
+    one, several = "matvec 4096x4096", "matmul 32x1024x1024"
+    half = "half of the inputs and outputs zeros"
 
     def matvec(*about: Any) -> Callable[[], Case]:
         return lambda: product(*about, smoke=smoke)
 
     return [
-        matvec("matvec 4096x4096, W4-g64 A8, cold", large, four, "int8", ort4, 6.0, True),
-        matvec("matvec 4096x4096, W4-g64 A8, warm", large, four, "int8", ort4, 6.0, False),
-        matvec("matvec 4096x4096, W8A8, cold", large, eight, "int8", ort8, 3.5, True),
-        matvec("matvec 4096x4096, W8A8, warm", large, eight, "int8", ort8, 3.5, False),
-        matvec("matvec 4096x4096, W8, cold", large, eight, "float", None, 1.0, True),
+        matvec(f"{one}, W4-g64 A8, cold", large, four, "int8", ort4, 6.0, True),
+        matvec(f"{one}, W4-g64 A8, warm", large, four, "int8", ort4, 6.0, False),
+        matvec(f"{one}, W8A8, cold", large, eight, "int8", ort8, 3.5, True),
+        matvec(f"{one}, W8A8, warm", large, eight, "int8", ort8, 3.5, False),
+        matvec(f"{one}, W8, cold", large, eight, "float", None, 1.0, True),
         matvec("matvec 1024x1024, W8A8, warm", small, eight, "int8", (*ort8[:3], 1.3), 4.0, False),
-        matvec(
-            "matmul 32x1024x1024, 90 % zeros, warm",
-            (32, 1024, 1024),
-            _pruned,
-            "float",
-            csr,
-            4.0,
-            False,
-        ),
-        matvec(
-            "matvec 4096x4096, 90 % zeros, cold",
-            large,
-            _pruned,
-            "float",
-            (*csr[:3], 3.0),
-            5.0,
-            True,
-        ),
-        *(
-            matvec(f"{what}, half of the inputs and outputs zeros, {how}", size, _emptied, *about)
-            for what, how, size, *about in (
-                ("matmul 32x1024x1024", "warm", (32, 1024, 1024), "float", None, 1.0, False),
-                ("matvec 4096x4096", "cold", large, "float", None, 1.0, True),
-            )
-        ),
+        matvec(f"{several}, 90 % zeros, warm", many, _pruned, "float", csr, 4.0, False),
+        matvec(f"{several}, 90 % zeros, W8, warm", many, few, "float", csr, 4.0, False),
+        matvec(f"{one}, 90 % zeros, cold", large, _pruned, "float", csr_cold, 5.0, True),
+        matvec(f"{one}, 90 % zeros, W8, cold", large, few, "float", csr_cold, 5.0, True),
+        matvec(f"{one}, 90 % zeros, W8A8, cold", large, few, "int8", csr_cold, 5.0, True),
+        matvec(f"{several}, {half}, warm", many, _emptied, "float", None, 1.0, False),
+        matvec(f"{one}, {half}, cold", large, _emptied, "float", None, 1.0, True),
         lambda: binary(smoke),
         lambda: depthwise(smoke),
     ]

@@ -231,35 +231,48 @@ static void check_bits(Pool& pool, const Rows& x, int64_t outputs) {
 template <class Pool>
 static void check_sparse(Pool& pool, const Rows& x, int64_t outputs) {
   std::vector<float> dense(outputs * x.inputs), values;
+  std::vector<int8_t> codes;
   std::vector<uint16_t> narrow;
   std::vector<uint32_t> wide;
   std::vector<int32_t> starts{0};
-  const int64_t blocks = pick(1, 3), size = x.inputs / blocks + 1;
+  const bool coded = pick(0, 1), scaled = pick(0, 1), round = coded && pick(0, 1);
+  const bool is_wide = !round && pick(0, 1);
+  const std::vector<float> scale = normals(outputs);
+  const int64_t blocks = round ? (x.inputs + 255) / 256 : pick(1, 3);
+  const int64_t size = round ? 256 : x.inputs / blocks + 1;
   for (int64_t n = 0; n < outputs; ++n)
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t i = block * size; i < least((block + 1) * size, x.inputs); ++i)
         if (pick(0, 4) == 0) {
-          values.push_back(dense[n * x.inputs + i] = normal());
+          codes.push_back((int8_t)pick(-128, 127));
+          values.push_back(normal());
+          dense[n * x.inputs + i] = (coded ? codes.back() : values.back()) * (scaled ? scale[n] : 1);
           narrow.push_back((uint16_t)i);
           wide.push_back((uint32_t)i);
         }
       starts.push_back((int32_t)values.size());
     }
-  const bool is_wide = pick(0, 1);
   const void* columns = is_wide ? (const void*)wide.data() : (const void*)narrow.data();
-  const SparseWeights w{values.data(), columns, is_wide,
-                        starts.data(), outputs, blocks, (int64_t)values.size()};
+  const SparseWeights w{coded ? (const void*)codes.data() : (const void*)values.data(),
+                        coded,
+                        scaled ? scale.data() : nullptr,
+                        columns,
+                        is_wide,
+                        starts.data(),
+                        outputs,
+                        blocks,
+                        (int64_t)values.size()};
   std::vector<float> y(x.rows * outputs);
-  if (!run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data())) ++wrong;
-  expect("sparse x float", x, outputs, false, y,
+  if (!run_sparse(pool, x.data.data(), x.rows, x.inputs, round, w, y.data())) ++wrong;
+  expect(round ? "sparse x int8" : "sparse x float", x, outputs, round, y,
          [&](int64_t n, int64_t i) { return (double)dense[n * x.inputs + i]; });
   if (values.empty() || !x.rows) return;
   const size_t at = pick(0, values.size() - 1);  // a column beyond the inputs is refused
   narrow[at] = (uint16_t)x.inputs;
   wide[at] = (uint32_t)(x.inputs + pick(0, 1000000));
-  if (run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data())) ++wrong;
+  if (run_sparse(pool, x.data.data(), x.rows, x.inputs, round, w, y.data())) ++wrong;
   starts[pick(0, outputs * blocks)] = (int32_t)(pick(-5, 100000) * 1000 + 1);  // so is any start
-  run_sparse(pool, x.data.data(), x.rows, x.inputs, w, y.data());
+  run_sparse(pool, x.data.data(), x.rows, x.inputs, round, w, y.data());
 }
 
 template <class Pool>

@@ -40,6 +40,7 @@ def test_kernels_are_compiled_once_and_say_for_what(native):
     assert run.native_instructions() in {
         "AVX2",
         "AVX-512 VNNI",
+        "AVX-512 VNNI and VBMI",
         "NEON with dot products",
         "NEON",
         "portable",
@@ -166,6 +167,32 @@ def test_kernels_run_over_copies_nested_and_shared(native):
     np.testing.assert_allclose(paired[1], expected[1, 1], rtol=1e-4, atol=1e-3)
 
 
+SPARSE_WRONG = {
+    "column": {"columns": np.uint16([0, 70])},
+    "column of codes": {"columns": np.uint16([0, 70]), "values": np.int8([1, 2]), "rounded": True},
+    "wide column": {"columns": np.uint32([0, 70])},
+    "starts": {"starts": np.int32([0, 9, 2])},
+    "negative start": {"starts": np.int32([-1, 1, 2])},
+    "starts beyond": {"starts": np.int32([0, 1, 3])},
+    "number of starts": {"starts": np.int32([0, 1])},
+    "number of columns": {"columns": np.uint16([0])},
+    "type of columns": {"columns": np.int32([0, 1])},
+    "type of values": {"values": np.uint8([1, 2])},
+    "scale": {"scale": np.float32([1])},
+    "rounded floats": {"rounded": True},
+    "rounded wide": {
+        "rounded": True,
+        "values": np.int8([1, 2]),
+        "columns": np.uint32([0, 1]),
+    },
+    "rounded blocks": {
+        "rounded": True,
+        "values": np.int8([1, 2]),
+        "starts": np.int32([0, 1, 1, 2, 2]),
+    },
+}
+
+
 @needs_compiler
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
     x, codes, scale = jnp.ones((2, 70)), panels(jnp.ones((5, 70), jnp.int8)), jnp.ones(5)
@@ -181,6 +208,13 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
         _native.After(times=four_numbers),
         _native.After(plus=four_numbers),
     ]
+
+    def sparse(**changed):
+        numbers = {"columns": np.uint16([0, 69]), "starts": np.int32([0, 1, 2]), "outputs": 2}
+        named: Any = {"values": jnp.ones(2), "scale": None, "rounded": False} | numbers | changed
+        return _native.sparse_product(x, **named)
+
+    jax.block_until_ready([sparse(), sparse(values=np.int8([1, 2]), rounded=True)])
     image, windows = x.reshape(1, 2, 7, 10), {"size": (1, 7), "strides": (1, 1), "padding": EDGES}
     ended = [
         partial(_native.int8_product, x, codes, scale, rounded=True),
@@ -216,12 +250,7 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
             x.reshape(1, 2, 7, 10), codes, scale, size=(2, 2), strides=(1, 1), padding=EDGES
         ),
         lambda: _native.depthwise(x.reshape(1, 2, 7, 10), jnp.ones((2, 2, 9)), (1, 1), EDGES),
-        lambda: _native.sparse_product(
-            x, jnp.ones(2), jnp.array([0, 70], jnp.uint16), jnp.array([0, 1, 2], jnp.int32), 2
-        ),
-        lambda: _native.sparse_product(
-            x, jnp.ones(2), jnp.array([0, 1], jnp.uint16), jnp.array([0, 9, 2], jnp.int32), 2
-        ),
+        *(partial(sparse, **each) for each in SPARSE_WRONG.values()),
     ]
     for call in calls:
         with pytest.raises(Exception, match="jopt: .* must "):
@@ -243,6 +272,84 @@ def test_pruned_kernels_run_by_kernels(native):
         np.testing.assert_array_equal(prepared["first"].restore(), params["first"])
         outputs = run.compressed(linear)(prepared, x)
         np.testing.assert_allclose(outputs, np.asarray(x, np.float64) @ kernel, atol=1e-4)
+
+
+CODES = {
+    "int8": quant.QuantSpec(8, (-1, 1)),
+    "int4": quant.QuantSpec(4, (-1, 1)),
+    "affine4": quant.QuantSpec(4, (-1, 1), quant.minmax, quant.affine_zero),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("name", sorted(CODES))
+def test_pruned_codes_run_by_kernels(native, name, activations):
+    draw = np.random.default_rng(0)
+    kernel = np.where(draw.random((1300, 41)) < 0.1, draw.normal(size=(1300, 41)), 0)
+    kernel[:, 7] = kernel[500:1100, 9] = 0
+    params = quant.quantize_params({"w": jnp.asarray(kernel, jnp.float32)}, CODES[name], "w")
+    linear = lambda params, x: x @ params["w"]  # noqa: E731
+    kernel = np.asarray(jopt.materialize(params["w"]), np.float64)
+    fast = run.compressed(linear, activations=activations)
+    picks = activations == "int8" and "VBMI" in run.native_instructions()
+    for rows in (1, 3, 4, 5, 17, 40):
+        x = jnp.asarray(draw.normal(size=(rows, 1300)), jnp.float32)
+        prepared = run.prepare(linear, params, x)
+        assert isinstance(prepared["w"], run.SparseMatrix)
+        assert prepared["w"].values.dtype == jnp.int8
+        assert len(prepared["w"].starts) == 41 * 6 + 1
+        chex.assert_trees_all_close(jopt.materialize(prepared), jopt.materialize(params), rtol=1e-6)
+        row = run.explain(linear, prepared, x, activations=activations).rows[0]
+        rounded = picks and rows <= 4
+        assert row.form == f"native sparse x {'int8' if rounded else 'float'}"
+        seen = np.asarray(x, np.float64)
+        if rounded:
+            codes, step = _forms.round_rows(x)
+            seen = np.asarray(codes, np.float64) * np.asarray(step, np.float64)
+        np.testing.assert_allclose(fast(prepared, x), seen @ kernel, rtol=1e-5, atol=1e-4)
+    slope = jax.grad(lambda x: (fast(prepared, x) ** 2).sum() / 2)(x)
+    outputs = np.asarray(fast(prepared, x), np.float64)
+    np.testing.assert_allclose(slope, outputs @ kernel.T, rtol=1e-4, atol=1e-3)
+    copies = jnp.stack([x, 2 * x])
+    twice = jax.vmap(fast, (None, 0))(prepared, copies)
+    np.testing.assert_allclose(twice, [outputs, 2 * outputs], rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+def test_codes_are_summed_exactly_by_whatever_picks_them(native):
+    draw = np.random.default_rng(1)
+    codes = np.where(draw.random((9, 700)) < 0.3, draw.integers(-128, 128, (9, 700)), 0)
+    codes[3] = np.where(draw.random(700) < 0.9, -128, 127)
+    outputs, columns = np.nonzero(codes)
+    counts = np.bincount(outputs * 3 + columns // 256, minlength=27)
+    starts = np.append(0, np.cumsum(counts)).astype(np.int32)
+    x = np.clip(draw.integers(-200, 200, (3, 700)), -127, 127).astype(np.float32)
+    x[:, 0] = 127  # the step is 1
+    values = codes[outputs, columns].astype(np.int8)
+    found = _native.sparse_product(
+        x, values, columns.astype(np.uint16), starts, outputs=9, rounded=True
+    )
+    np.testing.assert_array_equal(found, (x.astype(np.int64) @ codes.T).astype(np.float32))
+
+
+@needs_compiler
+def test_what_has_no_product_of_codes_runs_by_what_is_left_of_it(native):
+    draw = np.random.default_rng(0)
+    kernel = np.where(draw.random((512, 64)) < 0.1, draw.normal(size=(512, 64)), 0)
+    levels = tuple(np.sort(np.append(0, draw.normal(size=39))))
+    table = quant.QuantSpec(6, (), quant.absmax, quant.codebook(levels))
+    linear = lambda params, x: x @ params["w"]  # noqa: E731
+    x = jnp.asarray(draw.normal(size=(3, 512)), jnp.float32)
+    for spec in (table, quant.QuantSpec(8, (), quant.absmax, quant.e4m3)):
+        params = quant.quantize_params({"w": jnp.asarray(kernel, jnp.float32)}, spec, "w")
+        prepared = run.prepare(linear, params, x)
+        assert isinstance(prepared["w"], run.SparseMatrix)
+        chex.assert_trees_all_close(jopt.materialize(prepared), jopt.materialize(params), rtol=1e-6)
+        assert run.explain(linear, prepared, x).rows[0].form == "native sparse x float"
+        expected = np.asarray(x, np.float64) @ np.asarray(jopt.materialize(params["w"]), np.float64)
+        np.testing.assert_allclose(run.compressed(linear)(prepared, x), expected, atol=1e-4)
+    assert not isinstance(run.prepare(linear, params, x, sparse=0.95)["w"], run.SparseMatrix)
 
 
 @pytest.mark.parametrize("kind", ["native", "xla"])

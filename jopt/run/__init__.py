@@ -18,11 +18,10 @@ from jopt.run._matrices import (
     Int4Matrix,
     Int8Matrix,
     SignMatrix,
-    SparseMatrix,
     TurnedMatrix,
 )
 from jopt.run._prepare import prepare
-from jopt.run._pruned import FloatMatrix, NarrowMatrix
+from jopt.run._pruned import FloatMatrix, NarrowMatrix, SparseMatrix
 
 __all__ = [
     "Explanation",

@@ -20,11 +20,10 @@ from jopt.run._matrices import (
     Int8Matrix,
     Matrix,
     SignMatrix,
-    SparseMatrix,
 )
 from jopt.run._native import AS_IT_IS, After
 from jopt.run._packing import pack_bits
-from jopt.run._pruned import FloatMatrix
+from jopt.run._pruned import FloatMatrix, SparseMatrix
 
 Product = Callable[[Any, jax.Array], jax.Array]
 LONGEST = 1 << 16  # inputs: sums of products of bytes stay within int32
@@ -198,9 +197,9 @@ def _native_signs(matrix: SignMatrix, rows: jax.Array) -> jax.Array:
     return _with_arrays(_native.signs_product, matrix, rows, arrays)
 
 
-def _native_sparse(matrix: SparseMatrix, rows: jax.Array) -> jax.Array:
-    arrays = matrix.values, matrix.columns, matrix.starts
-    return _native.sparse_product(rows, *arrays, matrix.outputs)
+def _native_sparse(matrix: SparseMatrix, rows: jax.Array, *, rounded: bool) -> jax.Array:
+    arrays = matrix.values, matrix.columns, matrix.starts, matrix.scale
+    return _native.sparse_product(rows, *arrays, outputs=matrix.outputs, rounded=rounded)
 
 
 # --- What there is for a matrix -------------------------------------------------------------------
@@ -229,7 +228,11 @@ def _native_forms(matrix: Matrix, rounded: bool) -> list[Form]:
     if isinstance(matrix, SignMatrix):
         return [Form("native signs x float", _native_signs, 16)]
     if isinstance(matrix, SparseMatrix):
-        return [Form("native sparse x float", _native_sparse)]
+        forms = [Form("native sparse x float", partial(_native_sparse, rounded=False))]
+        if rounded and matrix.values.dtype == jnp.int8 and "VBMI" in _build.instructions():
+            few = Form("native sparse x int8", partial(_native_sparse, rounded=True), 4)
+            forms.insert(0, few)  # others pick inputs one by one, floats as fast as bytes
+        return forms
     return []
 
 

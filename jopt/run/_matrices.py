@@ -283,53 +283,6 @@ class SignMatrix(Matrix):
 
 
 @struct.dataclass
-class SparseMatrix(Matrix):
-    """Hold the weights of a pruned kernel that are not zero, in compressed rows by output.
-
-    Attributes:
-      values: float32, `(entries,)`: those of output 0, then of output 1, and so on.
-      columns: uint16 or uint32, `(entries,)`: which input each is multiplied by.
-      starts: int32, `(outputs * blocks + 1,)`: where those of each output's blocks of inputs begin.
-      trailing: as in `Matrix`.
-      contracted: as in `Matrix`.
-      dtype: static; that of the restored array.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> leaf = SparseMatrix(
-      ...     jnp.array([5.0]),
-      ...     jnp.array([1], jnp.uint16),
-      ...     jnp.array([0, 1], jnp.int32),
-      ...     trailing=(3, 1),
-      ...     contracted=(-2,),
-      ... )
-      >>> leaf.restore().ravel()
-      Array([0., 5., 0.], dtype=float32)
-    """
-
-    values: jax.Array
-    columns: jax.Array
-    starts: jax.Array
-    trailing: tuple[int, ...] = struct.field(pytree_node=False, default=())
-    contracted: tuple[int, ...] = struct.field(pytree_node=False, default=(-2,))
-    dtype: Any = struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
-
-    @property
-    def stacked(self) -> tuple[int, ...]:
-        """Return the sizes of the axes that stack kernels: none."""
-        return ()
-
-    def rows(self) -> jax.Array:
-        """Return the matrix as floats, `(outputs, inputs)`."""
-        counts = jnp.diff(self.starts[:: max(1, (len(self.starts) - 1) // max(self.outputs, 1))])
-        output = jnp.repeat(
-            jnp.arange(self.outputs), counts, total_repeat_length=self.values.shape[0]
-        )
-        dense = jnp.zeros((self.outputs, self.inputs), self.values.dtype)
-        return dense.at[output, self.columns.astype(jnp.int32)].set(self.values).astype(self.dtype)
-
-
-@struct.dataclass
 class TurnedMatrix(Matrix):
     """Hold a matrix whose inputs are scaled, and rotated, before it: AWQ, SmoothQuant, rotations.
 

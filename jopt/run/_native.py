@@ -148,10 +148,28 @@ def binary_product(x: jax.Array, bits: jax.Array, scale: jax.Array) -> jax.Array
 
 
 def sparse_product(
-    x: jax.Array, values: jax.Array, columns: jax.Array, starts: jax.Array, outputs: int
+    x: jax.Array,
+    values: jax.Array,
+    columns: jax.Array,
+    starts: jax.Array,
+    scale: jax.Array | None = None,
+    *,
+    outputs: int,
+    rounded: bool = False,
 ) -> jax.Array:
-    """Multiply by sparse weights in compressed rows by output, and there by blocks of inputs."""
-    return _call("sparse", (x.shape[0], outputs), x, values, columns, starts)
+    """Multiply by sparse weights in compressed rows by output, and there by blocks of inputs.
+
+    Args:
+      x: `(rows, inputs)`.
+      values: float32 or int8, `(entries,)`.
+      columns: uint16 or uint32, `(entries,)`.
+      starts: int32, `(outputs * blocks + 1,)`.
+      scale: `(outputs,)`, or None for 1.
+      outputs: how many there are.
+      rounded: whether inputs are rounded; only for int8, uint16, and blocks of 256 inputs.
+    """
+    arrays = values, columns, starts, _or_none(scale, 0)
+    return _call("sparse", (x.shape[0], outputs), x, *arrays, round=rounded)
 
 
 def floats_product(x: jax.Array, kernel: jax.Array, after: After = AS_IT_IS) -> jax.Array:

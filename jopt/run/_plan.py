@@ -16,9 +16,9 @@ from jopt.layers._uses import GROUP_AXIS, Use
 from jopt.run import _convolutions, _probe
 from jopt.run._endings import Compute, How, Product
 from jopt.run._forms import FLOATS, Form, floats, forms_of
-from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SparseMatrix, TurnedMatrix
+from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, TurnedMatrix
 from jopt.run._native import After
-from jopt.run._pruned import FloatMatrix, NarrowMatrix
+from jopt.run._pruned import FloatMatrix, NarrowMatrix, SparseMatrix
 from jopt.run._uses import GATHER
 
 PLAIN_DOT, PLAIN_CONV, PLAIN_GATHER = "XLA, dot", _convolutions.PLAIN, "XLA, gather"
@@ -99,8 +99,10 @@ def form_for(matrix: Matrix, rows: Any, rounded: bool) -> Form:
     """Return how to multiply rows, `(..., count, inputs)`, by a matrix."""
     forms = forms_of(matrix, rounded)
     count = rows.shape[-2]
-    if isinstance(matrix, SparseMatrix) or 0 in rows.shape or matrix.outputs == 0:
-        return forms[0] if 0 not in rows.shape and matrix.outputs else forms[-1]
+    if 0 in rows.shape or matrix.outputs == 0:
+        return forms[-1]
+    if isinstance(matrix, SparseMatrix):  # numbers made up for a measurement are no columns
+        return next(form for form in forms if count <= form.few)
     shapes = jax.tree.map(_aval, matrix), _aval(rows)
     sizes = [f"{type(matrix).__name__}{matrix.shape}"]
     sizes += [f"{array.dtype}{array.shape}" for array in jax.tree.leaves(matrix)]

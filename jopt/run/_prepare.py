@@ -32,7 +32,7 @@ from jopt.run._matrices import (
     TurnedMatrix,
 )
 from jopt.run._packing import BLOCK, pack4, pack_bits
-from jopt.run._pruned import SPARSE, narrowed, pruned
+from jopt.run._pruned import SPARSE, SPARSE_CODES, narrowed, pruned, thinned
 from jopt.run._uses import Apply, dense_avals, trace_uses
 
 _ENTRIES = 16  # of a table that 4 bits index
@@ -242,8 +242,10 @@ def prepare(
         layer whose path is left out finds its steps when it runs.
       sparse: a part of the weights; a float32 kernel of a dense layer that has as many zeros is
         kept in compressed rows, unless they are whole inputs and outputs, of what is left fewer.
-        By default 0.75 where native kernels run, and never elsewhere.
-        Only for arrays whose values are known, so not within `jit`.
+        So are codes with one scale for an output, and as floats what has no product of its own,
+        such as a table of more than 16 entries. By default 0.75, of codes 0.85, where native
+        kernels run, and never elsewhere. Only for arrays whose values are known, so not within
+        `jit`.
 
     Returns:
       A tree like `params`, for `compressed`.
@@ -273,12 +275,17 @@ def prepare(
     ]
     if unknown:
         raise ValueError(f"ranges has {unknown}, which are no compressed kernels of layers.")
-    limit = (SPARSE if native_here() is None else None) if sparse is None else sparse
+    limits: _Limits = (sparse, sparse)
+    if sparse is None and native_here() is None:
+        limits = SPARSE, SPARSE_CODES
     new = [
-        _prepared(leaf, layers.get(path), path in found.gathered, ranges.get(path), limit)
+        _prepared(leaf, layers.get(path), path in found.gathered, ranges.get(path), limits)
         for path, leaf in zip(paths, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, new)
+
+
+_Limits = tuple[float | None, float | None]  # zeros that are left out, of floats and of codes
 
 
 def _prepared(
@@ -286,8 +293,9 @@ def _prepared(
     layers: tuple[Layer, ...] | None,
     gathered: bool,
     ends: tuple[ArrayLike, ArrayLike] | None,
-    sparse: float | None,
+    limits: _Limits,
 ) -> Any:
+    of_floats, of_codes = limits
     if isinstance(leaf, Prepared):
         return leaf
     if is_compressed(leaf):
@@ -303,10 +311,15 @@ def _prepared(
         step = None if ends is None else _step_of(ends, tuple(leaf.shape[: axes.stacked]))
         matrix = matrix_of(leaf, axes, step)
         by_output = isinstance(matrix, Int8Matrix) and matrix.scale.shape[-1] == 1
-        if isinstance(matrix, str) or (windows and not by_output):
+        product = layers and not windows and not gathered
+        if isinstance(matrix, str):
+            found = pruned(materialize(leaf), axes, 1, of_floats) if product else None
+            return leaf if found is None else found
+        if windows and not by_output:
             return leaf
-        if layers and not windows and not gathered:
+        if product:
             matrix = narrowed(matrix)
+            matrix = matrix if of_codes is None else thinned(matrix, of_codes)
         return matrix.in_panels() if layers and native_here() is None else matrix
     if not layers or not is_kernel("", leaf) or gathered:
         return leaf
@@ -315,5 +328,5 @@ def _prepared(
     if isinstance(axes, str) or (windows and not all(map(channels_last, windows))):
         return leaf
     elements = {math.prod(window.size) for window in windows} or {1}
-    found = pruned(leaf, axes, elements.pop(), sparse) if len(elements) == 1 else None
+    found = pruned(leaf, axes, elements.pop(), of_floats) if len(elements) == 1 else None
     return leaf if found is None else found

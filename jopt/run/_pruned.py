@@ -11,11 +11,13 @@ from jax.typing import ArrayLike
 
 from jopt._arrays import known_values, on_host
 from jopt.run._axes import Axes
-from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, SparseMatrix
+from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, TurnedMatrix
 from jopt.run._packing import BLOCK, pack4
 
 SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
+SPARSE_CODES = 0.85  # the same of codes of 8 bits or fewer, which are read faster themselves
 SPARSE_BLOCK = 512  # inputs of some rows, which stay in the first level of the cache
+CODES_BLOCK = 256  # inputs that stand in registers
 NARROW = 0.5  # of the weights, in whole inputs and outputs: so few are faster, however many rows
 
 
@@ -55,6 +57,62 @@ class FloatMatrix(Matrix):
         """Return the matrix, `(outputs, inputs)`."""
         rank = self.kernel.ndim
         return Axes(0, tuple(axis + rank for axis in self.contracted)).as_matrix(self.kernel)
+
+
+@struct.dataclass
+class SparseMatrix(Matrix):
+    """Hold the weights of a pruned kernel that are not zero, in compressed rows by output.
+
+    `x ~ scale * values`.
+
+    Attributes:
+      values: float32, or int8 codes, `(entries,)`: those of output 0, then of output 1, and so on.
+      columns: uint16 or uint32, `(entries,)`: which input each is multiplied by.
+      starts: int32, `(outputs * blocks + 1,)`: where those of each output's blocks of inputs begin,
+        256 inputs a block for codes, 512 for floats.
+      scale: float32, `(outputs,)`, or None for 1.
+      trailing: as in `Matrix`.
+      contracted: as in `Matrix`.
+      dtype: static; that of the restored array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> leaf = SparseMatrix(
+      ...     jnp.array([5.0]),
+      ...     jnp.array([1], jnp.uint16),
+      ...     jnp.array([0, 1], jnp.int32),
+      ...     trailing=(3, 1),
+      ...     contracted=(-2,),
+      ... )
+      >>> leaf.restore().ravel()
+      Array([0., 5., 0.], dtype=float32)
+    """
+
+    values: jax.Array
+    columns: jax.Array
+    starts: jax.Array
+    scale: jax.Array | None = None
+    trailing: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    contracted: tuple[int, ...] = struct.field(pytree_node=False, default=(-2,))
+    dtype: Any = struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Return the sizes of the axes that stack kernels: none."""
+        return ()
+
+    def rows(self) -> jax.Array:
+        """Return the matrix as floats, `(outputs, inputs)`."""
+        counts = jnp.diff(self.starts[:: max(1, (len(self.starts) - 1) // max(self.outputs, 1))])
+        output = jnp.repeat(
+            jnp.arange(self.outputs), counts, total_repeat_length=self.values.shape[0]
+        )
+        dense = jnp.zeros((self.outputs, self.inputs), jnp.float32)
+        values = self.values.astype(jnp.float32)
+        dense = dense.at[output, self.columns.astype(jnp.int32)].set(values)
+        if self.scale is not None:
+            dense = self.scale[:, None] * dense
+        return dense.astype(self.dtype)
 
 
 @struct.dataclass
@@ -137,19 +195,24 @@ def sparse_matrix(kernel: ArrayLike, axes: Axes) -> SparseMatrix:
       Array([3., 2.], dtype=float32)
     """
     array = np.asarray(kernel)
-    matrix = axes.as_matrix(array)
-    inputs = matrix.shape[1]
-    outputs, columns = np.nonzero(matrix)
-    blocks = max(1, -(-inputs // SPARSE_BLOCK))
-    block = outputs * blocks + columns // SPARSE_BLOCK
-    counts = np.bincount(block, minlength=matrix.shape[0] * blocks)
+    rows = axes.as_matrix(array)
+    about = axes.statics(array.shape, array.dtype)
+    return _compressed_rows(rows.astype(np.float32), SPARSE_BLOCK, about)
+
+
+def _compressed_rows(rows: np.ndarray, size: int, about: dict[str, Any]) -> SparseMatrix:
+    """Keep the numbers that are not zero of `(outputs, inputs)`, by blocks of so many inputs."""
+    inputs = rows.shape[1]
+    outputs, columns = np.nonzero(rows)
+    blocks = max(1, -(-inputs // size))
+    counts = np.bincount(outputs * blocks + columns // size, minlength=rows.shape[0] * blocks)
     starts = np.append(0, np.cumsum(counts))
     narrow = np.uint16 if inputs <= 1 << 16 else np.uint32
     return SparseMatrix(
-        jnp.asarray(matrix[outputs, columns], jnp.float32),
+        jnp.asarray(rows[outputs, columns]),
         jnp.asarray(columns.astype(narrow)),
         jnp.asarray(starts.astype(np.int32)),
-        **axes.statics(array.shape, array.dtype),
+        **about,
     )
 
 
@@ -232,6 +295,7 @@ def narrowed(matrix: Matrix) -> Matrix:
     used = np.asarray(matrix.rows()) != 0
     if matrix.scale.shape[-1] != 1:  # groups of inputs stay whole
         used |= used.any(1, keepdims=True)
+        used[0] |= not used.any()  # of a kernel of zeros one output stays, with all its inputs
     units = _Units(used)
     if units.part > NARROW:
         return matrix
@@ -244,3 +308,31 @@ def narrowed(matrix: Matrix) -> Matrix:
         about["packed"] = pack4(inner.codes()[:, units.inputs].astype(jnp.int32))
         about["group"] = -(-size // BLOCK) * BLOCK
     return units.around(inner.replace(**about), matrix.trailing, matrix.contracted)
+
+
+def thinned(matrix: Matrix, sparse: float) -> Matrix:
+    """Keep the codes of a matrix that are not zeros, in compressed rows, where enough are zeros.
+
+    A matrix of another kind, one whose outputs have several scales or whose inputs have a step, one
+    that is stacked, or whose values are not known, comes back as it is.
+
+    Args:
+      matrix: by rows.
+      sparse: a part of the weights: so many zeros are enough.
+    """
+    if isinstance(matrix, TurnedMatrix):
+        return TurnedMatrix(thinned(matrix.matrix, sparse), matrix.factor, matrix.signs)
+    if not isinstance(matrix, (Int8Matrix, Int4Matrix)) or matrix.scale.shape[-1] != 1:
+        return matrix
+    more = matrix.input_scale if isinstance(matrix, Int8Matrix) else matrix.table
+    if more is not None or matrix.stacked or not all(map(on_host, jax.tree.leaves(matrix))):
+        return matrix
+    alone: Any = matrix.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        scale=jnp.ones_like(matrix.scale), dtype=jnp.dtype(jnp.float32)
+    )
+    levels = np.asarray(alone.rows())
+    codes = np.clip(levels, -128, 127).astype(np.int8)
+    if np.any(codes != levels) or 1 - np.count_nonzero(codes) / codes.size < sparse:
+        return matrix
+    about = {"trailing": matrix.trailing, "contracted": matrix.contracted, "dtype": matrix.dtype}
+    return _compressed_rows(codes, CODES_BLOCK, about | {"scale": matrix.scale[:, 0]})

@@ -310,27 +310,38 @@ ffi::Error Binary(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
   return ffi::Error::Success();
 }
 
-ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer<ffi::F32> values_,
-                  ffi::AnyBuffer columns_, ffi::Buffer<ffi::S32> starts_, Out y_) {
-  const bool wide = columns_.element_type() == ffi::U32;
+// scale may be empty.
+ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::AnyBuffer values_,
+                  ffi::AnyBuffer columns_, ffi::Buffer<ffi::S32> starts_,
+                  ffi::Buffer<ffi::F32> scale_, Out y_, bool round) {
+  const bool wide = columns_.element_type() == ffi::U32, coded = values_.element_type() == ffi::S8;
   if (!wide && columns_.element_type() != ffi::U16) return wrong("columns", "be uint16 or uint32");
+  if (!coded && values_.element_type() != ffi::F32) return wrong("values", "be float32 or int8");
   const Operand x = operand("x", x_, 2), values = operand("values", values_, 1),
                 columns = operand("columns", columns_, 1), starts = operand("starts", starts_, 1),
-                y = operand("y", *y_, 2);
-  JOPT_RETURN_IF_WRONG(checked({x, values, columns, starts}, y));
+                scale = operand("scale", scale_, 1), y = operand("y", *y_, 2);
+  JOPT_RETURN_IF_WRONG(checked({x, values, columns, starts, scale}, y));
   const int64_t outputs = y[1], blocks = outputs ? (starts[0] - 1) / outputs : 1;
   if (blocks < 1 || starts[0] != outputs * blocks + 1)
     return wrong("starts", "be (outputs * blocks + 1)");
   JOPT_RETURN_IF_WRONG(product(x, x[1], outputs, y));
   if (columns[0] != values[0]) return wrong("columns", "be as many as the values");
+  if (scale[0] && scale[0] != outputs) return wrong("scale", "be empty or (outputs)");
+  if (round && (!coded || wide || blocks * kSparseBlock != round_up(x[1], kSparseBlock)))
+    return wrong("rounded inputs", "meet int8 values, uint16 columns and blocks of 256 inputs");
   Pool pool{threads};
   bool right = true;
-  over_batch(x, {values, columns, starts}, y, true, [&](const Index& index, int64_t rows) {
-    const SparseWeights w{at<float>(values, index),   columns.at(index), wide,
-                          at<int32_t>(starts, index), outputs,           blocks, values[0]};
-    right = run_sparse(pool, at<float>(x, index), rows, x[1], w,
-                       at<float>(y, index)) &&
-            right;
+  over_batch(x, {values, columns, starts, scale}, y, true, [&](const Index& index, int64_t rows) {
+    const SparseWeights w{values.at(index),
+                          coded,
+                          scale[0] ? at<float>(scale, index) : nullptr,
+                          columns.at(index),
+                          wide,
+                          at<int32_t>(starts, index),
+                          outputs,
+                          blocks,
+                          values[0]};
+    right = run_sparse(pool, at<float>(x, index), rows, x[1], round, w, at<float>(y, index)) && right;
   });
   if (!right) return wrong("starts and columns", "rise within the entries, and lie below inputs");
   return ffi::Error::Success();
@@ -479,10 +490,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptBinary, jopt::Binary,
                                   .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptSparse, jopt::Sparse,
                               JOPT_PRODUCT()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("round"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptFloats, jopt::Product,
                               JOPT_PRODUCT()
                                   .Arg<ffi::Buffer<ffi::F32>>()

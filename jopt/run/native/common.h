@@ -86,10 +86,14 @@ struct BitWeights {
   int64_t outputs;
 };
 
+constexpr int64_t kSparseBlock = 256;  // inputs of a block of sparse codes: two registers of bytes twice
+
 struct SparseWeights {
-  const float* values;   // (entries)
-  const void* columns;   // (entries), uint16 or uint32
-  bool wide;             // whether columns are uint32
+  const void* values;     // (entries), float or int8
+  bool coded;             // whether values are int8
+  const float* scale;     // (outputs), or null for 1
+  const void* columns;    // (entries), uint16 or uint32
+  bool wide;              // whether columns are uint32
   const int32_t* starts;  // (outputs * blocks + 1): of the blocks of inputs of each output
   int64_t outputs, blocks, entries;
 };

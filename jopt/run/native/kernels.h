@@ -7,6 +7,9 @@
 #include <immintrin.h>
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #define JOPT_VNNI
+#if defined(__AVX512VBMI__) && defined(__AVX512F__)
+#define JOPT_VBMI
+#endif
 #endif
 #include "simd_avx2.h"
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(JOPT_PORTABLE)
@@ -29,7 +32,9 @@
 
 namespace jopt {
 
-#if defined(JOPT_VNNI)
+#if defined(JOPT_VBMI)
+constexpr const char* kInstructions = "AVX-512 VNNI and VBMI";
+#elif defined(JOPT_VNNI)
 constexpr const char* kInstructions = "AVX-512 VNNI";
 #elif defined(__AVX2__) && defined(__FMA__) && !defined(JOPT_PORTABLE)
 constexpr const char* kInstructions = "AVX2";

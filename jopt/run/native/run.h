@@ -23,9 +23,9 @@ inline double total_of(const float* values, int64_t count) {
 }
 
 // Room for rows rounded to int8, and for sums of their codes by groups, of which there may be none.
-inline Rounded room(int64_t rows, int64_t inputs, int64_t groups) {
+inline Rounded room(int64_t rows, int64_t inputs, int64_t groups, int64_t step = kPair) {
   Rounded out;
-  const int64_t stride = round_up(inputs, kPair);
+  const int64_t stride = round_up(inputs, step);
   out.codes = scratch<int8_t>(rows * stride);
   out.scale = scratch<double>(rows);
   out.total = scratch<int32_t>(rows * groups);
@@ -48,8 +48,8 @@ inline void round_rows(const Rounded& out, const float* x, const float* fixed, i
 
 template <class Pool>
 Rounded rounded(Pool& pool, const float* x, int64_t rows, int64_t inputs, const float* fixed,
-                int64_t groups, int64_t group) {
-  Rounded out = room(rows, inputs, groups);
+                int64_t groups, int64_t group, int64_t step = kPair) {
+  Rounded out = room(rows, inputs, groups, step);
   over_ranges(pool, rows, 1, kOfRounding * rows * inputs,
               [&](Range range) { round_rows(out, x, fixed, groups, group, range); });
   return out;
@@ -242,20 +242,24 @@ void run_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
               [&](Range range) { signs(in.view, w, range, y); });
 }
 
-// Returns false where the starts do not rise from 0 to the number of entries at most, or a column
-// is not below the number of inputs; y is then not to be used.
+// Returns false where the starts do not rise from 0 to the number of entries at most, or a column is
+// not below the number of inputs; y is then not to be used. Rows are rounded only for codes whose columns are uint16, in blocks of 256.
 template <class Pool>
-bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs,
+bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs, bool round,
                 const SparseWeights& w, float* y) {
-  const int64_t segments = w.outputs * w.blocks;
-  bool falling = w.starts[0] < 0 || w.starts[segments] > w.entries;
-  for (int64_t n = 0; n < segments; ++n) falling |= w.starts[n] > w.starts[n + 1];
-  if (falling) return false;
-  const Padded in = transposed(x, rows, inputs);
   std::atomic<bool> right{true};
-  over_ranges(pool, w.outputs, kGrain, kOfFloats * rows * w.entries, [&](Range range) {
-    if (!sparse(in.view, w, range, y)) right = false;
-  });
+  auto over_outputs = [&](int64_t work, auto body) {
+    over_ranges(pool, w.outputs, kGrain, work * rows * w.entries, [&](Range range) {
+      if (!body(range)) right = false;
+    });
+  };
+  if (round) {
+    const Rounded in = rounded(pool, x, rows, inputs, nullptr, 0, 0, kSparseBlock);
+    over_outputs(1, [&](Range range) { return sparse8(in.view, w, range, y); });
+  } else {
+    const Padded in = transposed(x, rows, inputs);
+    over_outputs(kOfFloats, [&](Range range) { return sparse(in.view, w, range, y); });
+  }
   return right;
 }
 

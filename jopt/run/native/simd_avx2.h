@@ -11,6 +11,12 @@ using C = __m256i;  // 4 counters
 JOPT_INLINE F f_zero() { return _mm256_setzero_ps(); }
 JOPT_INLINE F f_set(float v) { return _mm256_set1_ps(v); }
 JOPT_INLINE F f_load(const float* p) { return _mm256_loadu_ps(p); }
+JOPT_INLINE F f_of(float a, float b, float c, float d, float e, float f, float g, float h) {
+  return _mm256_setr_ps(a, b, c, d, e, f, g, h);
+}
+JOPT_INLINE F f_codes(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 // Loads into a register: compilers would rather load again for each use.
 JOPT_INLINE F f_load_once(const float* p) {
   F v = f_load(p);

@@ -17,6 +17,14 @@ using C = uint64x2_t;  // 2 counters
 JOPT_INLINE F f_set(float v) { return {{vdupq_n_f32(v), vdupq_n_f32(v)}}; }
 JOPT_INLINE F f_zero() { return f_set(0.0f); }
 JOPT_INLINE F f_load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4)}}; }
+JOPT_INLINE F f_of(float a, float b, float c, float d, float e, float f, float g, float h) {
+  return {{float32x4_t{a, b, c, d}, float32x4_t{e, f, g, h}}};
+}
+JOPT_INLINE F f_codes(const int8_t* p) {
+  const int16x8_t eight = vmovl_s8(vld1_s8(p));
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(eight))),
+           vcvtq_f32_s32(vmovl_s16(vget_high_s16(eight)))}};
+}
 // Loads into registers: compilers would rather load again for each use.
 JOPT_INLINE F f_load_once(const float* p) {
   F v = f_load(p);

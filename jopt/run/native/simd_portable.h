@@ -23,6 +23,14 @@ JOPT_INLINE F f_load(const float* p) {
   std::memcpy(out.v, p, sizeof out.v);
   return out;
 }
+JOPT_INLINE F f_of(float a, float b, float c, float d, float e, float f, float g, float h) {
+  return {{a, b, c, d, e, f, g, h}};
+}
+JOPT_INLINE F f_codes(const int8_t* p) {
+  F out;
+  for (int i = 0; i < 8; ++i) out.v[i] = p[i];
+  return out;
+}
 JOPT_INLINE F f_load_once(const float* p) { return f_load(p); }
 JOPT_INLINE void f_store(float* p, F v) { std::memcpy(p, v.v, sizeof v.v); }
 JOPT_INLINE F f_add(F a, F b) {
