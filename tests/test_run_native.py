@@ -293,7 +293,7 @@ def test_pruned_codes_run_by_kernels(native, name, activations):
     kernel = np.asarray(jopt.materialize(params["w"]), np.float64)
     fast = run.compressed(linear, activations=activations)
     picks = activations == "int8" and "VBMI" in run.native_instructions()
-    for rows in (1, 3, 4, 5, 17, 40):
+    for rows in (1, 2, 3, 17, 40):
         x = jnp.asarray(draw.normal(size=(rows, 1300)), jnp.float32)
         prepared = run.prepare(linear, params, x)
         assert isinstance(prepared["w"], run.SparseMatrix)
@@ -301,7 +301,7 @@ def test_pruned_codes_run_by_kernels(native, name, activations):
         assert len(prepared["w"].starts) == 41 * 6 + 1
         chex.assert_trees_all_close(jopt.materialize(prepared), jopt.materialize(params), rtol=1e-6)
         row = run.explain(linear, prepared, x, activations=activations).rows[0]
-        rounded = picks and rows <= 4
+        rounded = picks and rows <= 2
         assert row.form == f"native sparse x {'int8' if rounded else 'float'}"
         seen = np.asarray(x, np.float64)
         if rounded:

@@ -230,7 +230,7 @@ def _native_forms(matrix: Matrix, rounded: bool) -> list[Form]:
     if isinstance(matrix, SparseMatrix):
         forms = [Form("native sparse x float", partial(_native_sparse, rounded=False))]
         if rounded and matrix.values.dtype == jnp.int8 and "VBMI" in _build.instructions():
-            few = Form("native sparse x int8", partial(_native_sparse, rounded=True), 4)
+            few = Form("native sparse x int8", partial(_native_sparse, rounded=True), 2)
             forms.insert(0, few)  # others pick inputs one by one, floats as fast as bytes
         return forms
     return []

@@ -15,7 +15,7 @@ from jopt.run._matrices import Int4Matrix, Int8Matrix, Matrix, TurnedMatrix
 from jopt.run._packing import BLOCK, pack4
 
 SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
-SPARSE_CODES = 0.85  # the same of codes of 8 bits or fewer, which are read faster themselves
+SPARSE_CODES = 0.88  # the same of codes of 8 bits or fewer, which are read faster themselves
 SPARSE_BLOCK = 512  # inputs of some rows, which stay in the first level of the cache
 CODES_BLOCK = 256  # inputs that stand in registers
 NARROW = 0.5  # of the weights, in whole inputs and outputs: so few are faster, however many rows

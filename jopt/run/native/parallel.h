@@ -6,8 +6,8 @@
 namespace jopt {
 
 // Work is counted in multiply-adds of bytes; one of floats takes as long as three, rounding a float to
-// a byte as eight.
-constexpr int64_t kOfFloats = 3, kOfRounding = 8;
+// a byte as eight, and picking what an entry is multiplied by as ten.
+constexpr int64_t kOfFloats = 3, kOfRounding = 8, kOfPicking = 10;
 constexpr int64_t kWorthwhile = 600000;  // work that a thread is woken for
 
 // Calls body(range) over ranges of outputs, in one piece where there is little work.

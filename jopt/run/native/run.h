@@ -248,17 +248,18 @@ template <class Pool>
 bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs, bool round,
                 const SparseWeights& w, float* y) {
   std::atomic<bool> right{true};
-  auto over_outputs = [&](int64_t work, auto body) {
-    over_ranges(pool, w.outputs, kGrain, work * rows * w.entries, [&](Range range) {
+  auto over_outputs = [&](auto body) {
+    const int64_t work = w.entries * (kOfPicking + kOfFloats * rows);
+    over_ranges(pool, w.outputs, kGrain, work, [&](Range range) {
       if (!body(range)) right = false;
     });
   };
   if (round) {
     const Rounded in = rounded(pool, x, rows, inputs, nullptr, 0, 0, kSparseBlock);
-    over_outputs(1, [&](Range range) { return sparse8(in.view, w, range, y); });
+    over_outputs([&](Range range) { return sparse8(in.view, w, range, y); });
   } else {
     const Padded in = transposed(x, rows, inputs);
-    over_outputs(kOfFloats, [&](Range range) { return sparse(in.view, w, range, y); });
+    over_outputs([&](Range range) { return sparse(in.view, w, range, y); });
   }
   return right;
 }

@@ -116,19 +116,23 @@ JOPT_INLINE void sparse_tile(const Value* values, const Column* columns, int64_t
   JOPT_UNROLL for (int c = 0; c < kChains; ++c) total.add(sum[c]);
 }
 
-// Some rows by some outputs: one block of inputs after the other, which so stays near.
+constexpr int64_t kNear = 256 << 10;  // bytes of inputs that are read fast wherever they lie
+
+// Some rows by some outputs: one block of inputs after the other, which so stays near; all blocks at
+// once where they do anyhow.
 template <class Sums, class Value, class Column>
-JOPT_INLINE void sparse_rows(const float* x, const SparseWeights& w, Range range, int64_t rows,
-                             float* y) {
+JOPT_INLINE void sparse_rows(const float* x, int64_t inputs, const SparseWeights& w, Range range,
+                             int64_t rows, float* y) {
   constexpr int64_t kRows = sizeof(Sums) / sizeof(float), kOutputs = 128;
+  const int64_t together = inputs * (int64_t)sizeof(Sums) <= kNear ? w.blocks : 1;
   for (int64_t from = range.begin; from < range.end; from += kOutputs) {
     const int64_t size = least(kOutputs, range.end - from);
     Sums held[kOutputs];
-    for (int64_t block = 0; block < w.blocks; ++block)
+    for (int64_t block = 0; block < w.blocks; block += together)
       for (int64_t i = 0; i < size; ++i) {
         const int32_t* starts = w.starts + (from + i) * w.blocks + block;
         sparse_tile((const Value*)w.values + starts[0], (const Column*)w.columns + starts[0],
-                    starts[1] - starts[0], x, held[i]);
+                    starts[together] - starts[0], x, held[i]);
       }
     for (int64_t i = 0; w.scale && i < size; ++i) held[i].scale(w.scale[from + i]);
     transpose((const float*)held, size, rows, kRows, y + from, w.outputs);
@@ -169,9 +173,9 @@ static bool sparse_outputs(const Floats& x, const SparseWeights& w, Range range,
     const float* in = x.data + m * x.inputs;
     const int64_t left = least(some, x.rows - m);
     float* out = y + m * w.outputs;
-    if (some == 32) sparse_rows<Rows16<2>, Value, Column>(in, w, range, left, out);
-    else if (some == 16) sparse_rows<Rows16<1>, Value, Column>(in, w, range, left, out);
-    else sparse_rows<Rows8, Value, Column>(in, w, range, left, out);
+    if (some == 32) sparse_rows<Rows16<2>, Value, Column>(in, x.inputs, w, range, left, out);
+    else if (some == 16) sparse_rows<Rows16<1>, Value, Column>(in, x.inputs, w, range, left, out);
+    else sparse_rows<Rows8, Value, Column>(in, x.inputs, w, range, left, out);
   }
   return true;
 }
