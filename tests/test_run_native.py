@@ -168,28 +168,16 @@ def test_kernels_run_over_copies_nested_and_shared(native):
 
 
 SPARSE_WRONG = {
-    "column": {"columns": np.uint16([0, 70])},
-    "column of codes": {"columns": np.uint16([0, 70]), "values": np.int8([1, 2]), "rounded": True},
-    "wide column": {"columns": np.uint32([0, 70])},
-    "starts": {"starts": np.int32([0, 9, 2])},
-    "negative start": {"starts": np.int32([-1, 1, 2])},
-    "starts beyond": {"starts": np.int32([0, 1, 3])},
-    "number of starts": {"starts": np.int32([0, 1])},
-    "number of columns": {"columns": np.uint16([0])},
-    "type of columns": {"columns": np.int32([0, 1])},
-    "type of values": {"values": np.uint8([1, 2])},
-    "scale": {"scale": np.float32([1])},
-    "rounded floats": {"rounded": True},
-    "rounded wide": {
-        "rounded": True,
-        "values": np.int8([1, 2]),
-        "columns": np.uint32([0, 1]),
-    },
-    "rounded blocks": {
-        "rounded": True,
-        "values": np.int8([1, 2]),
-        "starts": np.int32([0, 1, 1, 2, 2]),
-    },
+    "starts": {"starts": np.array([0, 9, 2], np.int32)},
+    "starts of codes": {"starts": np.array([0, 9, 2], np.int32), "rounded": True},
+    "negative start": {"starts": np.array([-1, 1, 2], np.int32)},
+    "starts beyond": {"starts": np.array([0, 1, 3], np.int32)},
+    "number of starts": {"starts": np.array([0, 1], np.int32)},
+    "blocks": {"starts": np.array([0, 1, 1, 2, 2], np.int32)},
+    "number of columns": {"columns": np.array([0], np.uint8)},
+    "type of values": {"values": np.array([1, 2], np.uint8)},
+    "scale": {"scale": np.array([1], np.float32)},
+    "rounded floats": {"rounded": True, "values": np.ones(2, np.float32)},
 }
 
 
@@ -210,11 +198,14 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(native):
     ]
 
     def sparse(**changed):
-        numbers = {"columns": np.uint16([0, 69]), "starts": np.int32([0, 1, 2]), "outputs": 2}
-        named: Any = {"values": jnp.ones(2), "scale": None, "rounded": False} | numbers | changed
-        return _native.sparse_product(x, **named)
+        named: Any = {
+            "values": np.array([1, 2], np.int8),
+            "columns": np.array([0, 69], np.uint8),
+            "starts": np.array([0, 1, 2], np.int32),
+        }
+        return _native.sparse_product(x, outputs=2, **(named | changed))
 
-    jax.block_until_ready([sparse(), sparse(values=np.int8([1, 2]), rounded=True)])
+    jax.block_until_ready([sparse(), sparse(rounded=True), sparse(values=jnp.ones(2))])
     image, windows = x.reshape(1, 2, 7, 10), {"size": (1, 7), "strides": (1, 1), "padding": EDGES}
     ended = [
         partial(_native.int8_product, x, codes, scale, rounded=True),
@@ -268,7 +259,7 @@ def test_pruned_kernels_run_by_kernels(native):
         x = jnp.asarray(draw.normal(size=(rows, 1300)), jnp.float32)
         prepared = run.prepare(linear, params, x)
         assert isinstance(prepared["first"], run.SparseMatrix)
-        assert len(prepared["first"].starts) == 41 * 3 + 1
+        assert len(prepared["first"].starts) == 41 * 6 + 1
         np.testing.assert_array_equal(prepared["first"].restore(), params["first"])
         outputs = run.compressed(linear)(prepared, x)
         np.testing.assert_allclose(outputs, np.asarray(x, np.float64) @ kernel, atol=1e-4)
@@ -327,9 +318,9 @@ def test_codes_are_summed_exactly_by_whatever_picks_them(native):
     x = np.clip(draw.integers(-200, 200, (3, 700)), -127, 127).astype(np.float32)
     x[:, 0] = 127  # the step is 1
     values = codes[outputs, columns].astype(np.int8)
-    found = _native.sparse_product(
-        x, values, columns.astype(np.uint16), starts, outputs=9, rounded=True
-    )
+    places = (columns % 256).astype(np.uint8)
+    arrays: Any = x, values, places, starts
+    found = _native.sparse_product(*arrays, outputs=9, rounded=True)
     np.testing.assert_array_equal(found, (x.astype(np.int64) @ codes.T).astype(np.float32))
 
 

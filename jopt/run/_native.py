@@ -162,11 +162,11 @@ def sparse_product(
     Args:
       x: `(rows, inputs)`.
       values: float32 or int8, `(entries,)`.
-      columns: uint16 or uint32, `(entries,)`.
-      starts: int32, `(outputs * blocks + 1,)`.
+      columns: uint8, `(entries,)`, from the first input of their block on.
+      starts: int32, `(outputs * blocks + 1,)`, by blocks of 256 inputs.
       scale: `(outputs,)`, or None for 1.
       outputs: how many there are.
-      rounded: whether inputs are rounded; only for int8, uint16, and blocks of 256 inputs.
+      rounded: whether inputs are rounded; only for int8.
     """
     arrays = values, columns, starts, _or_none(scale, 0)
     return _call("sparse", (x.shape[0], outputs), x, *arrays, round=rounded)

@@ -16,8 +16,7 @@ from jopt.run._packing import BLOCK, pack4
 
 SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
 SPARSE_CODES = 0.88  # the same of codes of 8 bits or fewer, which are read faster themselves
-SPARSE_BLOCK = 512  # inputs of some rows, which stay in the first level of the cache
-CODES_BLOCK = 256  # inputs that stand in registers
+SPARSE_BLOCK = 256  # inputs that a byte counts
 NARROW = 0.5  # of the weights, in whole inputs and outputs: so few are faster, however many rows
 
 
@@ -67,9 +66,9 @@ class SparseMatrix(Matrix):
 
     Attributes:
       values: float32, or int8 codes, `(entries,)`: those of output 0, then of output 1, and so on.
-      columns: uint16 or uint32, `(entries,)`: which input each is multiplied by.
-      starts: int32, `(outputs * blocks + 1,)`: where those of each output's blocks of inputs begin,
-        256 inputs a block for codes, 512 for floats.
+      columns: uint8, `(entries,)`: which input of its block each is multiplied by.
+      starts: int32, `(outputs * blocks + 1,)`: where those of each output's blocks of 256 inputs
+        begin.
       scale: float32, `(outputs,)`, or None for 1.
       trailing: as in `Matrix`.
       contracted: as in `Matrix`.
@@ -79,7 +78,7 @@ class SparseMatrix(Matrix):
       >>> import jax.numpy as jnp
       >>> leaf = SparseMatrix(
       ...     jnp.array([5.0]),
-      ...     jnp.array([1], jnp.uint16),
+      ...     jnp.array([1], jnp.uint8),
       ...     jnp.array([0, 1], jnp.int32),
       ...     trailing=(3, 1),
       ...     contracted=(-2,),
@@ -103,13 +102,13 @@ class SparseMatrix(Matrix):
 
     def rows(self) -> jax.Array:
         """Return the matrix as floats, `(outputs, inputs)`."""
-        counts = jnp.diff(self.starts[:: max(1, (len(self.starts) - 1) // max(self.outputs, 1))])
-        output = jnp.repeat(
-            jnp.arange(self.outputs), counts, total_repeat_length=self.values.shape[0]
-        )
+        segments = len(self.starts) - 1
+        count, blocks = self.values.shape[0], -(-self.inputs // SPARSE_BLOCK)
+        counts = jnp.diff(self.starts)
+        segment = jnp.repeat(jnp.arange(segments), counts, total_repeat_length=count)
+        columns = self.columns.astype(jnp.int32) + SPARSE_BLOCK * (segment % blocks)
         dense = jnp.zeros((self.outputs, self.inputs), jnp.float32)
-        values = self.values.astype(jnp.float32)
-        dense = dense.at[output, self.columns.astype(jnp.int32)].set(values)
+        dense = dense.at[segment // blocks, columns].set(self.values.astype(jnp.float32))
         if self.scale is not None:
             dense = self.scale[:, None] * dense
         return dense.astype(self.dtype)
@@ -197,20 +196,18 @@ def sparse_matrix(kernel: ArrayLike, axes: Axes) -> SparseMatrix:
     array = np.asarray(kernel)
     rows = axes.as_matrix(array)
     about = axes.statics(array.shape, array.dtype)
-    return _compressed_rows(rows.astype(np.float32), SPARSE_BLOCK, about)
+    return _compressed_rows(rows.astype(np.float32), about)
 
 
-def _compressed_rows(rows: np.ndarray, size: int, about: dict[str, Any]) -> SparseMatrix:
-    """Keep the numbers that are not zero of `(outputs, inputs)`, by blocks of so many inputs."""
-    inputs = rows.shape[1]
+def _compressed_rows(rows: np.ndarray, about: dict[str, Any]) -> SparseMatrix:
+    """Keep the floats or int8 codes that are not zero of `(outputs, inputs)`."""
     outputs, columns = np.nonzero(rows)
-    blocks = max(1, -(-inputs // size))
-    counts = np.bincount(outputs * blocks + columns // size, minlength=rows.shape[0] * blocks)
-    starts = np.append(0, np.cumsum(counts))
-    narrow = np.uint16 if inputs <= 1 << 16 else np.uint32
+    blocks = -(-rows.shape[1] // SPARSE_BLOCK)
+    segments = outputs * blocks + columns // SPARSE_BLOCK
+    starts = np.append(0, np.cumsum(np.bincount(segments, minlength=len(rows) * blocks)))
     return SparseMatrix(
         jnp.asarray(rows[outputs, columns]),
-        jnp.asarray(columns.astype(narrow)),
+        jnp.asarray((columns % SPARSE_BLOCK).astype(np.uint8)),
         jnp.asarray(starts.astype(np.int32)),
         **about,
     )
@@ -335,4 +332,4 @@ def thinned(matrix: Matrix, sparse: float) -> Matrix:
     if np.any(codes != levels) or 1 - np.count_nonzero(codes) / codes.size < sparse:
         return matrix
     about = {"trailing": matrix.trailing, "contracted": matrix.contracted, "dtype": matrix.dtype}
-    return _compressed_rows(codes, CODES_BLOCK, about | {"scale": matrix.scale[:, 0]})
+    return _compressed_rows(codes, about | {"scale": matrix.scale[:, 0]})

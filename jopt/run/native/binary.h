@@ -10,7 +10,7 @@ static void binary(const uint8_t* x, const float* x_scale, int64_t rows, int64_t
   for (int64_t n = range.begin; n < range.end; ++n) {
     const uint8_t* bits = w.bits + n * w.width;
     uint8_t tail[kBytes] = {0};
-    std::memcpy(tail, bits + whole, w.width - whole);
+    if (whole < w.width) std::memcpy(tail, bits + whole, w.width - whole);
     for (int64_t m = 0; m < rows; ++m) {
       const uint8_t* other = x + m * w.width;
       C differing = c_zero();

@@ -312,38 +312,35 @@ ffi::Error Binary(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::Buffer
 
 // scale may be empty.
 ffi::Error Sparse(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x_, ffi::AnyBuffer values_,
-                  ffi::AnyBuffer columns_, ffi::Buffer<ffi::S32> starts_,
+                  ffi::Buffer<ffi::U8> columns_, ffi::Buffer<ffi::S32> starts_,
                   ffi::Buffer<ffi::F32> scale_, Out y_, bool round) {
-  const bool wide = columns_.element_type() == ffi::U32, coded = values_.element_type() == ffi::S8;
-  if (!wide && columns_.element_type() != ffi::U16) return wrong("columns", "be uint16 or uint32");
+  const bool coded = values_.element_type() == ffi::S8;
   if (!coded && values_.element_type() != ffi::F32) return wrong("values", "be float32 or int8");
   const Operand x = operand("x", x_, 2), values = operand("values", values_, 1),
                 columns = operand("columns", columns_, 1), starts = operand("starts", starts_, 1),
                 scale = operand("scale", scale_, 1), y = operand("y", *y_, 2);
   JOPT_RETURN_IF_WRONG(checked({x, values, columns, starts, scale}, y));
-  const int64_t outputs = y[1], blocks = outputs ? (starts[0] - 1) / outputs : 1;
-  if (blocks < 1 || starts[0] != outputs * blocks + 1)
-    return wrong("starts", "be (outputs * blocks + 1)");
+  const int64_t outputs = y[1], blocks = round_up(x[1], kSparseBlock) / kSparseBlock;
+  if (starts[0] != outputs * blocks + 1)
+    return wrong("starts", "be (outputs * blocks + 1), by blocks of 256 inputs");
   JOPT_RETURN_IF_WRONG(product(x, x[1], outputs, y));
   if (columns[0] != values[0]) return wrong("columns", "be as many as the values");
   if (scale[0] && scale[0] != outputs) return wrong("scale", "be empty or (outputs)");
-  if (round && (!coded || wide || blocks * kSparseBlock != round_up(x[1], kSparseBlock)))
-    return wrong("rounded inputs", "meet int8 values, uint16 columns and blocks of 256 inputs");
+  if (round && !coded) return wrong("values", "be int8 where inputs are rounded");
   Pool pool{threads};
   bool right = true;
   over_batch(x, {values, columns, starts, scale}, y, true, [&](const Index& index, int64_t rows) {
     const SparseWeights w{values.at(index),
                           coded,
                           scale[0] ? at<float>(scale, index) : nullptr,
-                          columns.at(index),
-                          wide,
+                          at<uint8_t>(columns, index),
                           at<int32_t>(starts, index),
                           outputs,
                           blocks,
                           values[0]};
     right = run_sparse(pool, at<float>(x, index), rows, x[1], round, w, at<float>(y, index)) && right;
   });
-  if (!right) return wrong("starts and columns", "rise within the entries, and lie below inputs");
+  if (!right) return wrong("starts", "rise within the entries");
   return ffi::Error::Success();
 }
 
@@ -491,7 +488,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptBinary, jopt::Binary,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JoptSparse, jopt::Sparse,
                               JOPT_PRODUCT()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

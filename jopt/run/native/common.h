@@ -86,15 +86,14 @@ struct BitWeights {
   int64_t outputs;
 };
 
-constexpr int64_t kSparseBlock = 256;  // inputs of a block of sparse codes: two registers of bytes twice
+constexpr int64_t kSparseBlock = 256;  // inputs of a block, so that a byte counts them
 
 struct SparseWeights {
-  const void* values;     // (entries), float or int8
-  bool coded;             // whether values are int8
-  const float* scale;     // (outputs), or null for 1
-  const void* columns;    // (entries), uint16 or uint32
-  bool wide;              // whether columns are uint32
-  const int32_t* starts;  // (outputs * blocks + 1): of the blocks of inputs of each output
+  const void* values;      // (entries), float or int8
+  bool coded;              // whether values are int8
+  const float* scale;      // (outputs), or null for 1
+  const uint8_t* columns;  // (entries), from the first input of each block on
+  const int32_t* starts;   // (outputs * blocks + 1): of the blocks of inputs of each output
   int64_t outputs, blocks, entries;
 };
 

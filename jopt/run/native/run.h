@@ -77,21 +77,23 @@ inline Padded padded(const float* x, int64_t rows, int64_t inputs) {
 }
 
 // Blocks of rows that are added up together, each transposed, (inputs, rows), and filled up with zeros:
-// all but the last are full.
+// all but the last are full. Inputs are filled up to whole blocks.
 inline Padded transposed(const float* x, int64_t rows, int64_t inputs) {
+  const int64_t whole = round_up(inputs, kSparseBlock);
   Padded out;
-  out.view = {x, nullptr, rows, inputs, inputs};
-  if (rows == 1) return out;
+  out.view = {x, nullptr, rows, whole, whole};
+  if (rows == 1 && whole == inputs) return out;
   int64_t last = rows % 32;
-  if (last) last = rows_together(last);
-  out.data = scratch<float>((rows / 32 * 32 + last) * inputs);
+  if (last && rows > 1) last = rows_together(last);
+  out.data = scratch<float>((rows / 32 * 32 + last) * whole);
   for (int64_t m = 0, some; m < rows; m += some) {
-    some = rows_together(rows - m);
+    some = rows == 1 ? 1 : rows_together(rows - m);
     const int64_t real = least(some, rows - m);
-    float* to = &out.data[m * inputs];
+    float* to = &out.data[m * whole];
     transpose(x + m * inputs, real, inputs, inputs, to, some);
     for (int64_t k = 0; k < inputs; ++k)
       for (int64_t row = real; row < some; ++row) to[k * some + row] = 0;
+    std::memset(to + inputs * some, 0, (whole - inputs) * some * sizeof(float));
   }
   out.view.data = out.data.get();
   return out;
@@ -242,8 +244,8 @@ void run_signs(Pool& pool, const float* x, int64_t rows, int64_t inputs,
               [&](Range range) { signs(in.view, w, range, y); });
 }
 
-// Returns false where the starts do not rise from 0 to the number of entries at most, or a column is
-// not below the number of inputs; y is then not to be used. Rows are rounded only for codes whose columns are uint16, in blocks of 256.
+// Returns false where the starts do not rise from 0 to the number of entries at most; y is then not to
+// be used. Rows are rounded only for codes.
 template <class Pool>
 bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs, bool round,
                 const SparseWeights& w, float* y) {

@@ -74,8 +74,14 @@ JOPT_INLINE void b_transpose(B* rows) {
   }
 }
 
-JOPT_INLINE B b_larger(B a, B b, uint16_t) { return _mm256_max_epu16(a, b); }
-JOPT_INLINE B b_larger(B a, B b, uint32_t) { return _mm256_max_epu32(a, b); }
+// Adds a number to 32 bytes.
+JOPT_INLINE void b_widen(uint16_t* to, const uint8_t* from, uint16_t base) {
+  const __m256i more = _mm256_set1_epi16((short)base);
+  JOPT_UNROLL for (int i = 0; i < kBytes; i += 16) {
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(from + i)));
+    _mm256_storeu_si256((__m256i*)(to + i), _mm256_add_epi16(wide, more));
+  }
+}
 
 JOPT_INLINE I i_zero() { return _mm256_setzero_si256(); }
 JOPT_INLINE I i_set(int32_t v) { return _mm256_set1_epi32(v); }

@@ -120,15 +120,11 @@ JOPT_INLINE void b_transpose(B* rows) {
   }
 }
 
-JOPT_INLINE uint8x16_t larger(uint8x16_t a, uint8x16_t b, uint16_t) {
-  return vreinterpretq_u8_u16(vmaxq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
-}
-JOPT_INLINE uint8x16_t larger(uint8x16_t a, uint8x16_t b, uint32_t) {
-  return vreinterpretq_u8_u32(vmaxq_u32(vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b)));
-}
-template <class Word>
-JOPT_INLINE B b_larger(B a, B b, Word word) {
-  return {{larger(a.half[0], b.half[0], word), larger(a.half[1], b.half[1], word)}};
+// Adds a number to 32 bytes.
+JOPT_INLINE void b_widen(uint16_t* to, const uint8_t* from, uint16_t base) {
+  const uint16x8_t more = vdupq_n_u16(base);
+  JOPT_UNROLL for (int i = 0; i < kBytes; i += 8)
+    vst1q_u16(to + i, vaddw_u8(more, vld1_u8(from + i)));
 }
 
 JOPT_INLINE I i_set(int32_t v) { return {{vdupq_n_s32(v), vdupq_n_s32(v)}}; }

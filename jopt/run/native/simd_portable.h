@@ -97,14 +97,9 @@ JOPT_INLINE void b_transpose(B* rows) {
     for (int j = 0; j < 8; ++j) std::memcpy(rows[j].v + 4 * i, from[i].v + 4 * j, 4);
 }
 
-template <class Word>
-JOPT_INLINE B b_larger(B a, B b, Word) {
-  Word one[sizeof a.v / sizeof(Word)], other[sizeof a.v / sizeof(Word)];
-  std::memcpy(one, a.v, sizeof one);
-  std::memcpy(other, b.v, sizeof other);
-  for (size_t i = 0; i < sizeof a.v / sizeof(Word); ++i) one[i] = one[i] > other[i] ? one[i] : other[i];
-  std::memcpy(a.v, one, sizeof one);
-  return a;
+// Adds a number to 32 bytes.
+JOPT_INLINE void b_widen(uint16_t* to, const uint8_t* from, uint16_t base) {
+  for (int i = 0; i < kBytes; ++i) to[i] = (uint16_t)(base + from[i]);
 }
 
 JOPT_INLINE I i_zero() { return {{0, 0, 0, 0, 0, 0, 0, 0}}; }

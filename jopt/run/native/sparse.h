@@ -3,38 +3,23 @@
 
 namespace jopt {
 
-template <class Column>
-static bool columns_fit(const Column* columns, int64_t count, int64_t inputs) {
-  constexpr int64_t kStep = kBytes / sizeof(Column);
-  B largest = b_none();
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) largest = b_larger(largest, b_load(columns + i), Column{});
-  Column lanes[kStep], most = 0;
-  b_store(lanes, largest);
-  for (Column lane : lanes) most = lane > most ? lane : most;
-  for (; i < count; ++i) most = columns[i] > most ? columns[i] : most;
-  return count == 0 || (int64_t)most < inputs;
-}
-
 constexpr int64_t kAhead = 1024;  // entries by which prefetches run ahead, over the rows that follow
 
 JOPT_INLINE F f_values(const float* p) { return f_load(p); }
 JOPT_INLINE F f_values(const int8_t* p) { return f_codes(p); }
 
 // What eight entries are multiplied by. Eight loads are faster than one gather on most machines.
-template <class Column>
-JOPT_INLINE F f_picked(const float* x, const Column* c) {
+JOPT_INLINE F f_picked(const float* x, const uint16_t* c) {
   return f_of(x[c[0]], x[c[1]], x[c[2]], x[c[3]], x[c[4]], x[c[5]], x[c[6]], x[c[7]]);
 }
 
-template <class Value, class Column>
-JOPT_INLINE float sparse_dot(const Value* values, const Column* columns, int64_t count,
+template <class Value>
+JOPT_INLINE float sparse_dot(const Value* values, const uint16_t* columns, int64_t count,
                              const float* x) {
   F sum[2] = {f_zero(), f_zero()};
   int64_t i = 0;
   for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
     prefetch(values + i + kAhead);
-    prefetch(columns + i + kAhead);
     JOPT_UNROLL for (int c = 0; c < 2; ++c) {
       const int64_t at = i + c * kFloats;
       sum[c] = f_fma(f_values(values + at), f_picked(x, columns + at), sum[c]);
@@ -118,99 +103,116 @@ JOPT_INLINE void sparse_tile(const Value* values, const Column* columns, int64_t
 
 constexpr int64_t kNear = 256 << 10;  // bytes of inputs that are read fast wherever they lie
 
+// Whether the starts of some outputs rise within the entries.
+JOPT_INLINE bool starts_rise(const SparseWeights& w, Range range) {
+  const int32_t* starts = w.starts + range.begin * w.blocks;
+  const int64_t segments = (range.end - range.begin) * w.blocks;
+  bool falling = starts[0] < 0 || starts[segments] > w.entries;
+  for (int64_t i = 0; i < segments; ++i) falling |= starts[i] > starts[i + 1];
+  return !falling;
+}
+
+// The columns of an output from its first input on.
+struct Columns {
+  std::vector<uint16_t> room;
+
+  const uint16_t* of(const SparseWeights& w, int64_t n) {
+    const int32_t* starts = w.starts + n * w.blocks;
+    const size_t size = starts[w.blocks] - starts[0] + kBytes;
+    if (room.size() < size) room.resize(size);
+    uint16_t* to = room.data() - starts[0];
+    for (int64_t block = 0; block < w.blocks; ++block) {
+      const uint16_t base = (uint16_t)(block * kSparseBlock);
+      const int64_t end = starts[block + 1];
+      int64_t i = starts[block];
+      for (; i < end && i + kBytes <= w.entries; i += kBytes) b_widen(to + i, w.columns + i, base);
+      for (; i < end; ++i) to[i] = (uint16_t)(base + w.columns[i]);
+    }
+    return room.data();
+  }
+};
+
 // Some rows by some outputs: one block of inputs after the other, which so stays near; all blocks at
 // once where they do anyhow.
-template <class Sums, class Value, class Column>
+template <class Sums, class Value>
 JOPT_INLINE void sparse_rows(const float* x, int64_t inputs, const SparseWeights& w, Range range,
                              int64_t rows, float* y) {
   constexpr int64_t kRows = sizeof(Sums) / sizeof(float), kOutputs = 128;
-  const int64_t together = inputs * (int64_t)sizeof(Sums) <= kNear ? w.blocks : 1;
+  const Value* values = (const Value*)w.values;
+  const bool near = inputs * (int64_t)sizeof(Sums) <= kNear;
+  Columns columns;
   for (int64_t from = range.begin; from < range.end; from += kOutputs) {
     const int64_t size = least(kOutputs, range.end - from);
     Sums held[kOutputs];
-    for (int64_t block = 0; block < w.blocks; block += together)
+    for (int64_t i = 0; near && i < size; ++i) {
+      const int32_t* starts = w.starts + (from + i) * w.blocks;
+      const int64_t count = starts[w.blocks] - starts[0];
+      sparse_tile(values + starts[0], columns.of(w, from + i), count, x, held[i]);
+    }
+    for (int64_t block = 0; !near && block < w.blocks; ++block)
       for (int64_t i = 0; i < size; ++i) {
         const int32_t* starts = w.starts + (from + i) * w.blocks + block;
-        sparse_tile((const Value*)w.values + starts[0], (const Column*)w.columns + starts[0],
-                    starts[together] - starts[0], x, held[i]);
+        sparse_tile(values + starts[0], w.columns + starts[0], starts[1] - starts[0],
+                    x + block * kSparseBlock * kRows, held[i]);
       }
     for (int64_t i = 0; w.scale && i < size; ++i) held[i].scale(w.scale[from + i]);
     transpose((const float*)held, size, rows, kRows, y + from, w.outputs);
   }
 }
 
-// Whether the starts of some outputs rise within the entries, and their columns are below the number
-// of inputs.
-template <class Column>
-JOPT_INLINE bool outputs_fit(const SparseWeights& w, Range range, int64_t inputs) {
-  const int32_t* starts = w.starts + range.begin * w.blocks;
-  const int64_t segments = (range.end - range.begin) * w.blocks;
-  const int64_t first = starts[0], last = starts[segments];
-  bool falling = first < 0 || last > w.entries;
-  for (int64_t i = 0; i < segments; ++i) falling |= starts[i] > starts[i + 1];
-  return !falling && columns_fit((const Column*)w.columns + first, last - first, inputs);
-}
-
-// Columns of one output are read from memory once: looked at, then used.
-template <class Value, class Column>
-static bool sparse_row(const Floats& x, const SparseWeights& w, Range range, float* y) {
+template <class Value>
+static void sparse_row(const Floats& x, const SparseWeights& w, Range range, float* y) {
+  Columns columns;
   for (int64_t n = range.begin; n < range.end; ++n) {
-    if (!outputs_fit<Column>(w, {n, n + 1}, x.inputs)) return false;
-    const int64_t start = w.starts[n * w.blocks], end = w.starts[(n + 1) * w.blocks];
-    const float sum = sparse_dot((const Value*)w.values + start, (const Column*)w.columns + start,
-                                 end - start, x.data);
+    const int64_t start = w.starts[n * w.blocks], count = w.starts[(n + 1) * w.blocks] - start;
+    const Value* values = (const Value*)w.values + start;
+    const float sum = sparse_dot(values, columns.of(w, n), count, x.data);
     y[n] = w.scale ? w.scale[n] * sum : sum;
   }
-  return true;
 }
 
-template <class Value, class Column>
-static bool sparse_outputs(const Floats& x, const SparseWeights& w, Range range, float* y) {
-  if (x.rows == 1) return sparse_row<Value, Column>(x, w, range, y);
-  if (!outputs_fit<Column>(w, range, x.inputs)) return false;
+template <class Value>
+static void sparse_outputs(const Floats& x, const SparseWeights& w, Range range, float* y) {
+  if (x.rows == 1) return sparse_row<Value>(x, w, range, y);
   for (int64_t m = 0, some; m < x.rows; m += some) {
     some = rows_together(x.rows - m);
     const float* in = x.data + m * x.inputs;
     const int64_t left = least(some, x.rows - m);
     float* out = y + m * w.outputs;
-    if (some == 32) sparse_rows<Rows16<2>, Value, Column>(in, x.inputs, w, range, left, out);
-    else if (some == 16) sparse_rows<Rows16<1>, Value, Column>(in, x.inputs, w, range, left, out);
-    else sparse_rows<Rows8, Value, Column>(in, x.inputs, w, range, left, out);
+    if (some == 32) sparse_rows<Rows16<2>, Value>(in, x.inputs, w, range, left, out);
+    else if (some == 16) sparse_rows<Rows16<1>, Value>(in, x.inputs, w, range, left, out);
+    else sparse_rows<Rows8, Value>(in, x.inputs, w, range, left, out);
   }
-  return true;
 }
 
-// Returns false, and reads nothing beyond x, where a column is not below the number of inputs.
+// Inputs are filled up to whole blocks, so that a byte counts no other. Returns false where the starts
+// do not rise.
 static bool sparse(const Floats& x, const SparseWeights& w, Range range, float* y) {
-  if (w.coded)
-    return w.wide ? sparse_outputs<int8_t, uint32_t>(x, w, range, y)
-                  : sparse_outputs<int8_t, uint16_t>(x, w, range, y);
-  return w.wide ? sparse_outputs<float, uint32_t>(x, w, range, y)
-                : sparse_outputs<float, uint16_t>(x, w, range, y);
+  if (!starts_rise(w, range)) return false;
+  if (w.coded) sparse_outputs<int8_t>(x, w, range, y);
+  else sparse_outputs<float>(x, w, range, y);
+  return true;
 }
 
 // The sum of an output by a row of codes.
 JOPT_INLINE int32_t sparse_sum(const SparseWeights& w, int64_t n, const int8_t* x) {
   const int8_t* values = (const int8_t*)w.values;
-  const uint16_t* columns = (const uint16_t*)w.columns;
   const int32_t* starts = w.starts + n * w.blocks;
 #ifdef JOPT_VBMI
-  // A block's inputs, 128 higher, stand in four registers, where entries pick theirs by the low byte of
-  // their column.
+  // A block's inputs, 128 higher, stand in four registers, where entries pick theirs.
   const __m512i high = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);
   __m512i sum = _mm512_setzero_si512(), total = sum;
   for (int64_t block = 0; block < w.blocks; ++block, x += kSparseBlock) {
     __m512i in[4];
     JOPT_UNROLL for (int i = 0; i < 4; ++i)
       in[i] = _mm512_xor_si512(high, _mm512_loadu_si512(x + i * 64));
-    for (int64_t i = starts[block]; i < starts[block + 1]; i += 32) {
+    for (int64_t i = starts[block]; i < starts[block + 1]; i += 64) {
       const int64_t left = starts[block + 1] - i;
-      const __mmask32 some = left < 32 ? (1u << left) - 1 : ~0u;
+      const __mmask64 some = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
       prefetch(values + i + kAhead);
-      prefetch(columns + i + kAhead);
-      const __m512i place = _mm512_castsi256_si512(
-          _mm512_cvtepi16_epi8(_mm512_maskz_loadu_epi16(some, columns + i)));
-      const __m512i codes = _mm512_zextsi256_si512(_mm256_maskz_loadu_epi8(some, values + i));
+      prefetch(w.columns + i + kAhead);
+      const __m512i place = _mm512_maskz_loadu_epi8(some, w.columns + i);
+      const __m512i codes = _mm512_maskz_loadu_epi8(some, values + i);
       const __m512i picked = _mm512_mask_blend_epi8(
           _mm512_movepi8_mask(place), _mm512_permutex2var_epi8(in[0], place, in[1]),
           _mm512_permutex2var_epi8(in[2], place, in[3]));
@@ -221,19 +223,19 @@ JOPT_INLINE int32_t sparse_sum(const SparseWeights& w, int64_t n, const int8_t* 
   return _mm512_reduce_add_epi32(sum) - 128 * _mm512_reduce_add_epi32(total);
 #else
   int32_t sum = 0;
-  for (int64_t i = starts[0]; i < starts[w.blocks]; ++i) sum += values[i] * x[columns[i]];
+  for (int64_t block = 0; block < w.blocks; ++block, x += kSparseBlock)
+    for (int64_t i = starts[block]; i < starts[block + 1]; ++i) sum += values[i] * x[w.columns[i]];
   return sum;
 #endif
 }
 
-// Codes by codes; rows are filled up to whole blocks. Returns false as `sparse` does.
+// Codes by codes; otherwise as `sparse`.
 static bool sparse8(const Codes8& x, const SparseWeights& w, Range range, float* y) {
-  for (int64_t n = range.begin; n < range.end; ++n) {
-    if (!outputs_fit<uint16_t>(w, {n, n + 1}, x.inputs)) return false;
+  if (!starts_rise(w, range)) return false;
+  for (int64_t n = range.begin; n < range.end; ++n)
     for (int64_t m = 0; m < x.rows; ++m)
       y[m * w.outputs + n] = (float)(x.scale[m] * ((double)sparse_sum(w, n, x.codes + m * x.stride) *
                                                    (w.scale ? w.scale[n] : 1.0f)));
-  }
   return true;
 }
 
