@@ -101,8 +101,6 @@ JOPT_INLINE void sparse_tile(const Value* values, const Column* columns, int64_t
   JOPT_UNROLL for (int c = 0; c < kChains; ++c) total.add(sum[c]);
 }
 
-constexpr int64_t kNear = 256 << 10;  // bytes of inputs that are read fast wherever they lie
-
 // Whether the starts of some outputs rise within the entries.
 JOPT_INLINE bool starts_rise(const SparseWeights& w, Range range) {
   const int32_t* starts = w.starts + range.begin * w.blocks;
@@ -132,14 +130,14 @@ struct Columns {
   }
 };
 
-// Some rows by some outputs: one block of inputs after the other, which so stays near; all blocks at
-// once where they do anyhow.
+// Some rows by some outputs: one block of inputs after the other, which so stays in the first level of
+// the cache; all at once where the second is as fast, as it is where an entry reads one line of it.
 template <class Sums, class Value>
 JOPT_INLINE void sparse_rows(const float* x, int64_t inputs, const SparseWeights& w, Range range,
                              int64_t rows, float* y) {
   constexpr int64_t kRows = sizeof(Sums) / sizeof(float), kOutputs = 128;
   const Value* values = (const Value*)w.values;
-  const bool near = inputs * (int64_t)sizeof(Sums) <= kNear;
+  const bool near = inputs <= (kRows > 16 ? 512 : 4096);
   Columns columns;
   for (int64_t from = range.begin; from < range.end; from += kOutputs) {
     const int64_t size = least(kOutputs, range.end - from);
