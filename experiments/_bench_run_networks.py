@@ -13,7 +13,7 @@ import jopt
 from experiments import _bench_run_onnx, _bert, _decoder, _efficientnet, _networks
 from experiments import _bench_run_peers as peers
 from experiments._bench_run_products import FLOAT, Case, repeated
-from jopt import prune, quant, run
+from jopt import quant, run
 
 Tree = Any
 EIGHT, FOUR = quant.QuantSpec(8), quant.QuantSpec(4, (64, 1))
@@ -43,12 +43,6 @@ def _compressed(
     if tables:
         tree = quant.quantize_params(tree, quant.QuantSpec(8, (1, -1)), tables)
     return run.prepare(apply, tree, x), jopt.materialize(tree)
-
-
-def _few(params: Tree) -> Tree:
-    """Leave a tenth of the weights of each kernel, rounded to 8 bits."""
-    masks = prune.topk_masks(prune.magnitude_scores(params), 0.9, KERNELS)
-    return quant.quantize_params(prune.apply_masks(params, masks), EIGHT, KERNELS)
 
 
 def _apart(outputs: Any, expected: Any) -> float:
@@ -153,8 +147,6 @@ def perceptron(batch: int, smoke: bool) -> Case:
     four = quant.quantize_params(variables, FOUR, grouped)
     four = run.prepare(model.apply, quant.quantize_params(four, EIGHT, ".*Dense_0/kernel"), x)
     sides["jopt, W4-g64 A8"] = lambda: fast(four, x)
-    few = run.prepare(model.apply, _few(variables), x)
-    sides["jopt, 90 % zeros W8A8"] = lambda: fast(few, x)
     if peers.HAS_QWIX:
         sides["qwix int8"] = peers.qwix_int8(model, variables, x)
     if peers.HAS_AQT:
@@ -180,15 +172,12 @@ def decoder(smoke: bool) -> Case:
 
     fast, plain = run.compressed(decode, activations="int8"), jax.jit(decode)
     tree = quant.quantize_params(params, FOUR, KERNELS)
-    tables = quant.QuantSpec(4, (1, 64)), "tokens/embedding"
-    tree = quant.quantize_params(tree, *tables)
+    tree = quant.quantize_params(tree, quant.QuantSpec(4, (1, 64)), "tokens/embedding")
     prepared, floats = run.prepare(decode, tree, prompt), jopt.materialize(tree)
     sides = {
         FLOAT: lambda: plain(params, prompt),
         "jopt, W4-g64 A8": lambda: fast(prepared, prompt),
     }
-    few = run.prepare(decode, quant.quantize_params(_few(params), *tables), prompt)
-    sides["jopt, 90 % zeros W8A8"] = lambda: fast(few, prompt)
 
     def logits(params: Tree, prompt: jax.Array) -> jax.Array:
         return model.apply({"params": params}, prompt)[0]  # pyright: ignore[reportIndexIssue]

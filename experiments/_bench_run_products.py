@@ -84,6 +84,8 @@ def product(
     peer: tuple[str, Callable[..., Side], bool, float] | None,
     goal: float,
     cold: bool,
+    sparse: float | None = None,
+    *,
     smoke: bool,
 ) -> Case:
     """Return one case.
@@ -96,17 +98,19 @@ def product(
       peer: its name, what makes its side, whether it is installed, and the goal.
       goal: against XLA's floats.
       cold: whether matrices rotate, more than caches hold.
+      sparse: as `jopt.run.prepare` has it.
       smoke: whether small matrices do.
     """
     rows, inputs, outputs = (min(n, 128) for n in size) if smoke else size
     x = jnp.asarray(_draw((rows, inputs), 0))
     first = {"w": make(jnp.asarray(_draw((inputs, outputs), 1)))}
-    read = jopt.nbytes(run.prepare(dense, first, x))
+    read = jopt.nbytes(run.prepare(dense, first, x, sparse=sparse))
     copies = min(max(2, -(-CACHE // read)), 12) if cold else WARM
     different = copies if cold and not smoke else 1
     kernels = [jnp.asarray(_draw((inputs, outputs), 1 + seed)) for seed in range(different)]
     compressed = [{"w": make(kernel)} for kernel in kernels[:different]]
-    prepared = [run.prepare(dense, tree, x) for tree in compressed] * (copies // different)
+    laid_out = [run.prepare(dense, tree, x, sparse=sparse) for tree in compressed]
+    prepared = laid_out * (copies // different)
     floats = [jopt.materialize(tree) for tree in compressed] * (copies // different)
     fast, plain = run.compressed(dense, activations=activations), jax.jit(dense)
     sides: dict[str, Any] = {
@@ -221,7 +225,7 @@ def cases(smoke: bool) -> list[Callable[[], Case]]:
         matvec(f"{one}, W8, cold", large, eight, "float", None, 1.0, True),
         matvec("matvec 1024x1024, W8A8, warm", small, eight, "int8", (*ort8[:3], 1.3), 4.0, False),
         matvec(f"{several}, 90 % zeros, warm", many, _pruned, "float", csr, 4.0, False),
-        matvec(f"{several}, 90 % zeros, W8, warm", many, few, "float", csr, 4.0, False),
+        matvec(f"{several}, 90 % zeros, W8, warm", many, few, "float", csr, 4.0, False, 0.88),
         matvec(f"{one}, 90 % zeros, cold", large, _pruned, "float", csr_cold, 5.0, True),
         matvec(f"{one}, 90 % zeros, W8, cold", large, few, "float", csr_cold, 5.0, True),
         matvec(f"{one}, 90 % zeros, W8A8, cold", large, few, "int8", csr_cold, 5.0, True),

@@ -346,6 +346,8 @@ def test_experiments_without_their_packages_say_what_to_install(monkeypatch, fol
 
 
 SAID = {
+    ("50%", "movement, taught"): ("50 % of all weights", "movement, taught"),
+    ("80%", "movement, taught"): ("80 % of all weights", "movement, taught"),
     ("90%", "movement, taught"): ("90 % of all weights", "movement, taught"),
     ("50% of units", "saliency, taught"): ("half of the units", "saliency, taught"),
     ("4 layers", "taught"): ("4 layers of 6", "taught"),

@@ -286,7 +286,7 @@ def test_pruned_codes_run_by_kernels(native, name, activations):
     picks = activations == "int8" and "VBMI" in run.native_instructions()
     for rows in (1, 2, 3, 17, 40):
         x = jnp.asarray(draw.normal(size=(rows, 1300)), jnp.float32)
-        prepared = run.prepare(linear, params, x)
+        prepared = run.prepare(linear, params, x, sparse=0.88)
         assert isinstance(prepared["w"], run.SparseMatrix)
         assert prepared["w"].values.dtype == jnp.int8
         assert len(prepared["w"].starts) == 41 * 6 + 1
@@ -305,6 +305,17 @@ def test_pruned_codes_run_by_kernels(native, name, activations):
     copies = jnp.stack([x, 2 * x])
     twice = jax.vmap(fast, (None, 0))(prepared, copies)
     np.testing.assert_allclose(twice, [outputs, 2 * outputs], rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+def test_codes_of_large_networks_alone_lie_in_compressed_rows(native):
+    """Fewer stay in a cache, where all of them are multiplied faster by rounded inputs."""
+    linear = lambda params, x: x @ params["w"] @ params["v"]  # noqa: E731
+    for size, kind in ((64, run.Int8Matrix), (2050, run.SparseMatrix)):
+        params, x = {name: jnp.eye(size) for name in "wv"}, jnp.ones((1, size))
+        ready = run.prepare(linear, quant.quantize_params(params, quant.QuantSpec(8), "."), x)
+        assert isinstance(ready["w"], kind)
+        np.testing.assert_allclose(run.compressed(linear)(ready, x), x, rtol=1e-6)
 
 
 @needs_compiler

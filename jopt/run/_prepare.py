@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jopt._arrays import dtype_bits, expand_blocks, materialize
+from jopt._arrays import dtype_bits, expand_blocks, materialize, nbytes
 from jopt._leaves import (
     BitTensor,
     CodebookTensor,
@@ -32,7 +32,7 @@ from jopt.run._matrices import (
     TurnedMatrix,
 )
 from jopt.run._packing import BLOCK, pack4, pack_bits
-from jopt.run._pruned import SPARSE, SPARSE_CODES, narrowed, pruned, thinned
+from jopt.run._pruned import SPARSE, SPARSE_CODES, SPARSE_STREAMED, narrowed, pruned, thinned
 from jopt.run._uses import Apply, dense_avals, trace_uses
 
 _ENTRIES = 16  # of a table that 4 bits index
@@ -243,9 +243,10 @@ def prepare(
       sparse: a part of the weights; a float32 kernel of a dense layer that has as many zeros is
         kept in compressed rows, unless they are whole inputs and outputs, of what is left fewer.
         So are codes with one scale for an output, and as floats what has no product of its own,
-        such as a table of more than 16 entries. By default 0.75, of codes 0.88, where native
-        kernels run, and never elsewhere. Only for arrays whose values are known, so not within
-        `jit`.
+        such as a table of more than 16 entries. By default 0.75, of codes 0.88 if those of the tree
+        have more than 8 MB (fewer stay in a cache, where all of them are multiplied faster with
+        int8 inputs, if not with floats); where native kernels run, and never elsewhere. Only for
+        arrays whose values are known, so not within `jit`.
 
     Returns:
       A tree like `params`, for `compressed`.
@@ -277,7 +278,9 @@ def prepare(
         raise ValueError(f"ranges has {unknown}, which are no compressed kernels of layers.")
     limits: _Limits = (sparse, sparse)
     if sparse is None and native_here() is None:
-        limits = SPARSE, SPARSE_CODES
+        codes = [leaf for path, leaf in zip(paths, leaves, strict=True) if path in layers]
+        streamed = sum(map(nbytes, filter(is_compressed, codes))) > SPARSE_STREAMED
+        limits = SPARSE, SPARSE_CODES if streamed else None
     new = [
         _prepared(leaf, layers.get(path), path in found.gathered, ranges.get(path), limits)
         for path, leaf in zip(paths, leaves, strict=True)

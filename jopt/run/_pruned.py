@@ -16,6 +16,7 @@ from jopt.run._packing import BLOCK, pack4
 
 SPARSE = 0.75  # zeros from which compressed rows are read faster than all weights
 SPARSE_CODES = 0.88  # the same of codes of 8 bits or fewer, which are read faster themselves
+SPARSE_STREAMED = 8 << 20  # bytes of a network's codes beyond which they are read from memory
 SPARSE_BLOCK = 256  # inputs that a byte counts
 NARROW = 0.5  # of the weights, in whole inputs and outputs: so few are faster, however many rows
 
