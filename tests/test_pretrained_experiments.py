@@ -352,11 +352,6 @@ SAID = {
     ("50% of units", "saliency, taught"): ("half of the units", "saliency, taught"),
     ("4 layers", "taught"): ("4 layers of 6", "taught"),
 }
-TIMED = {
-    ("32 bits", ""): "float",
-    ("W8A8", "in jopt.run"): "W8A8",
-    ("W4A8", "AWQ, in jopt.run"): "W4A8, AWQ",
-}
 
 
 def test_every_pretrained_network_of_the_readme_is_in_the_results():
@@ -389,10 +384,6 @@ def test_every_pretrained_network_of_the_readme_is_in_the_results():
             line = f"| {' | '.join(name)} | {np.mean(row['bytes']):,.0f} | "
             line += f"{100 * row['mean_test']:.2f} % "
             line += f"({100 * min(row['test']):.2f} to {100 * max(row['test']):.2f}) | "
-            side = TIMED.get((form, method), f"{form}, {method}")
-            faster = (
-                [f"{timed['float'][key] / timed[side][key]:.2f}x" for key in ("1", "64")]
-                if (side in timed)
-                else ["-", "-"]
-            )
+            side = timed[f"{form}, {method}" if method else "float"]
+            faster = [f"{timed['float'][key] / side[key]:.2f}x" for key in ("1", "64")]
             assert f"{line}{' | '.join(faster)} |" in readme, part
