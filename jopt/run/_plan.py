@@ -101,7 +101,7 @@ def form_for(matrix: Matrix, rows: Any, rounded: bool) -> Form:
     count = rows.shape[-2]
     if 0 in rows.shape or matrix.outputs == 0:
         return forms[-1]
-    if isinstance(matrix, SparseMatrix):  # numbers made up for a measurement are no columns
+    if isinstance(matrix, SparseMatrix):  # numbers made up for a measurement are no starts
         return next(form for form in forms if count <= form.few)
     shapes = jax.tree.map(_aval, matrix), _aval(rows)
     sizes = [f"{type(matrix).__name__}{matrix.shape}"]

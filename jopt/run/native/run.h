@@ -60,10 +60,10 @@ struct Padded {
   Floats view;
 };
 
-// Rows of floats, copied only where their length is not a multiple of 64 already.
-inline Padded padded(const float* x, int64_t rows, int64_t inputs) {
+// Rows of floats, copied only where their length is not a multiple of `step` already.
+inline Padded padded(const float* x, int64_t rows, int64_t inputs, int64_t step = kPair) {
   Padded out;
-  const int64_t stride = round_up(inputs, kPair);
+  const int64_t stride = round_up(inputs, step);
   if (stride == inputs) {
     out.view = {x, nullptr, rows, inputs, stride};
     return out;
@@ -81,13 +81,11 @@ inline Padded padded(const float* x, int64_t rows, int64_t inputs) {
 inline Padded transposed(const float* x, int64_t rows, int64_t inputs) {
   const int64_t whole = round_up(inputs, kSparseBlock);
   Padded out;
-  out.view = {x, nullptr, rows, whole, whole};
-  if (rows == 1 && whole == inputs) return out;
-  int64_t last = rows % 32;
-  if (last && rows > 1) last = rows_together(last);
+  const int64_t last = rows % 32 ? rows_together(rows % 32) : 0;
   out.data = scratch<float>((rows / 32 * 32 + last) * whole);
+  out.view = {out.data.get(), nullptr, rows, whole, whole};
   for (int64_t m = 0, some; m < rows; m += some) {
-    some = rows == 1 ? 1 : rows_together(rows - m);
+    some = rows_together(rows - m);
     const int64_t real = least(some, rows - m);
     float* to = &out.data[m * whole];
     transpose(x + m * inputs, real, inputs, inputs, to, some);
@@ -95,7 +93,6 @@ inline Padded transposed(const float* x, int64_t rows, int64_t inputs) {
       for (int64_t row = real; row < some; ++row) to[k * some + row] = 0;
     std::memset(to + inputs * some, 0, (whole - inputs) * some * sizeof(float));
   }
-  out.view.data = out.data.get();
   return out;
 }
 
@@ -260,7 +257,8 @@ bool run_sparse(Pool& pool, const float* x, int64_t rows, int64_t inputs, bool r
     const Rounded in = rounded(pool, x, rows, inputs, nullptr, 0, 0, kSparseBlock);
     over_outputs([&](Range range) { return sparse8(in.view, w, range, y); });
   } else {
-    const Padded in = transposed(x, rows, inputs);
+    const Padded in =
+        rows == 1 ? padded(x, rows, inputs, kSparseBlock) : transposed(x, rows, inputs);
     over_outputs([&](Range range) { return sparse(in.view, w, range, y); });
   }
   return right;
